@@ -1,0 +1,44 @@
+"""A request, seen twice: by the executors, which know how long its answer gets, and by policies."""
+
+from typing import NamedTuple
+
+
+class RequestView(NamedTuple):
+    """What a policy may know of a waiting request. The final output length is not among it."""
+
+    request_id: int
+    arrival_s: float
+    prompt_tokens: int
+    max_output_tokens: int
+    """The limit that the user set, or what the context window leaves: never the hidden length."""
+    generated_tokens: int = 0
+    """Tokens already answered. Above zero after a pre-emption by recomputation."""
+    prefix_hashes: tuple[int, ...] = ()
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens to compute before the next token can be sampled."""
+        return self.prompt_tokens + self.generated_tokens
+
+
+class Request(NamedTuple):
+    """One request as the executors know it."""
+
+    request_id: int
+    arrival_s: float
+    prompt_tokens: int
+    output_tokens: int
+    """Tokens that the answer will have. Hidden from every policy."""
+    max_output_tokens: int
+    prefix_hashes: tuple[int, ...] = ()
+
+    def view(self, generated_tokens: int = 0) -> RequestView:
+        """The policy's view of this request after `generated_tokens` tokens of its answer."""
+        return RequestView(
+            self.request_id,
+            self.arrival_s,
+            self.prompt_tokens,
+            self.max_output_tokens,
+            generated_tokens,
+            self.prefix_hashes,
+        )

@@ -1,0 +1,52 @@
+"""The contract of a workload: columns of requests, in order, drawn anew from a seed each time."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+CHUNK_ROWS = 65_536
+"""Rows of a chunk: large enough for numpy, small enough that memory stays flat."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestColumns:
+    """Some consecutive requests of a workload, one entry a request."""
+
+    arrival_s: NDArray[np.float64]
+    """Seconds since the start, not decreasing. In a closed loop: think time before the request."""
+    prompt_tokens: NDArray[np.int64]
+    output_tokens: NDArray[np.int64]
+    prefix_hashes: list[tuple[int, ...]] | None = None
+    """Ids of the leading prompt blocks where a trace gives them."""
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)
+
+
+@dataclass(kw_only=True)
+class Workload(ABC):
+    """Where requests come from. Fields are its parameters; it is its own Hydra schema.
+
+    Iterating `columns` twice with the same seed gives the same requests: start-up checks read them
+    once and the run reads them again, so that nothing has to be kept in memory.
+    """
+
+    @abstractmethod
+    def columns(self, seed: int) -> Iterator[RequestColumns]:
+        """All requests in order of arrival, in chunks of at most `CHUNK_ROWS`.
+
+        Raises:
+            ValueError: the workload is empty, or a line of its trace is broken (file and line named).
+        """
+
+    @property
+    def clients(self) -> int | None:
+        """Clients of a closed loop; None when arrivals do not depend on answers.
+
+        Client c issues the requests c, c + clients, c + 2 * clients, ..., each one its
+        `arrival_s` (think time) after the answer to the one before is complete.
+        """
+        return None
