@@ -21,6 +21,16 @@ class RequestView(NamedTuple):
         return self.prompt_tokens + self.generated_tokens
 
 
+class RunningView(NamedTuple):
+    """A request that holds KV blocks."""
+
+    request_id: int
+    context_tokens: int
+    """Tokens whose KV is stored."""
+    prefill_left: int
+    """Tokens to compute before it decodes; 0: it decodes."""
+
+
 class Request(NamedTuple):
     """One request as the executors know it."""
 

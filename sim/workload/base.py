@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.workload.checks import require_count
+
 CHUNK_ROWS = 65_536
 """Rows of a chunk: large enough for numpy, small enough that memory stays flat."""
 
@@ -21,6 +23,8 @@ class RequestColumns:
     output_tokens: NDArray[np.int64]
     prefix_hashes: list[tuple[int, ...]] | None = None
     """Ids of the leading prompt blocks where a trace gives them."""
+    num_skipped: int = 0
+    """Rows of a trace that were passed over among these because their request had failed."""
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -34,12 +38,23 @@ class Workload(ABC):
     once and the run reads them again, so that nothing has to be kept in memory.
     """
 
+    max_output_tokens: int | None = None
+    """Limit that every request states: longer answers end there, and policies see it (tokens)."""
+
+    def __post_init__(self) -> None:
+        """Refuses parameters out of range. Subclasses extend it; it never does I/O."""
+        require_count("max_output_tokens", self.max_output_tokens)
+
     @abstractmethod
-    def columns(self, seed: int) -> Iterator[RequestColumns]:
-        """All requests in order of arrival, in chunks of at most `CHUNK_ROWS`.
+    def columns(self, seed: int, chunk_rows: int = CHUNK_ROWS) -> Iterator[RequestColumns]:
+        """All requests in order of arrival (closed loop: of request id), in chunks.
+
+        Args:
+            seed: the scenario's seed.
+            chunk_rows: rows of a chunk at most. It never changes the values.
 
         Raises:
-            ValueError: the workload is empty, or a line of its trace is broken (file and line named).
+            ValueError: a line of its trace is broken (file and line named).
         """
 
     @property

@@ -1,0 +1,33 @@
+"""What a cost of a serving iteration is: seconds from the iteration's shape, without state."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from sim.models.work import IterationShape
+
+
+class IterationCost(Protocol):
+    """Seconds of one replica's iterations. Pure: the same shape always costs the same."""
+
+    def iteration_s(self, shape: IterationShape) -> float:
+        """Seconds of one iteration."""
+        ...
+
+    def decode_run_s(
+        self, num_decodes: int, decode_context: int, iterations: int
+    ) -> Sequence[float]:
+        """Seconds of each of `iterations` consecutive decode-only iterations.
+
+        Equal bit for bit to `iteration_s` of each: the context grows by `num_decodes` a step.
+
+        Args:
+            num_decodes: requests that decode.
+            decode_context: tokens of KV that the first iteration reads, its own included.
+            iterations: how many, at least one.
+        """
+        ...
+
+
+def decode_shape(num_decodes: int, decode_context: int) -> IterationShape:
+    """The shape of an iteration that only decodes."""
+    return IterationShape(0, 0, 0, 0, num_decodes, decode_context, num_decodes)

@@ -1,0 +1,70 @@
+"""Seconds from coefficients that `diptych calibrate` fitted on the machine at hand.
+
+    seconds = body(tokens) + head(sampled) + pairs * a + prefills * b + decodes * c + context * d
+
+`body` and `head` are piecewise linear: a matrix product of few rows does not get cheaper in
+proportion. `context` is last so that a decode stretch is one multiplication and one addition away.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+import numpy as np
+
+from hardware_models.schema import FittedIteration
+from sim.models.work import IterationShape
+
+
+class Fitted:
+    """The cost of one model on one calibrated machine."""
+
+    def __init__(self, fit: FittedIteration) -> None:
+        self.fit = fit
+        coefficients = fit.coefficients
+        self._pair_s = coefficients["prefill_pair_s"]
+        self._prefill_s = coefficients["prefill_s"]
+        self._decode_s = coefficients["decode_s"]
+        self._context_s = coefficients["context_token_s"]
+        self._fixed_s: dict[tuple[int, int], float] = {}
+
+    def iteration_s(self, shape: IterationShape) -> float:
+        """Seconds of one iteration."""
+        fixed = self._products_s(shape.prefill_tokens + shape.num_decodes, shape.sampled_tokens)
+        fixed += shape.prefill_pairs * self._pair_s
+        fixed += shape.num_prefills * self._prefill_s + shape.num_decodes * self._decode_s
+        return fixed + shape.decode_context * self._context_s
+
+    def decode_run_s(
+        self, num_decodes: int, decode_context: int, iterations: int
+    ) -> Sequence[float]:
+        """Seconds of each iteration of a decode stretch."""
+        fixed = self._products_s(num_decodes, num_decodes) + num_decodes * self._decode_s
+        context_s = self._context_s
+        stop = decode_context + num_decodes * iterations
+        contexts = range(decode_context, stop, num_decodes)
+        if iterations < SHORT_RUN:
+            return [fixed + context * context_s for context in contexts]
+        return fixed + np.arange(decode_context, stop, num_decodes) * context_s
+
+    def _products_s(self, tokens: int, sampled: int) -> float:
+        key = (tokens, sampled)
+        if key not in self._fixed_s:
+            fit = self.fit
+            self._fixed_s[key] = interpolate(fit.body_tokens, fit.body_s, tokens) + interpolate(
+                fit.head_tokens, fit.head_s, sampled
+            )
+        return self._fixed_s[key]
+
+
+SHORT_RUN = 12
+"""Up to here a list comprehension is faster than numpy; the bits are the same."""
+
+
+def interpolate(knots: Sequence[float], values: Sequence[float], at: float) -> float:
+    """Piecewise linear through (knots, values), going on with the last slope; 0 at 0 tokens."""
+    if at <= 0:
+        return 0.0
+    index = min(max(bisect_right(knots, at), 1), len(knots) - 1)
+    low, high = knots[index - 1], knots[index]
+    share = (at - low) / (high - low)
+    return values[index - 1] + share * (values[index] - values[index - 1])

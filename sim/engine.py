@@ -1,0 +1,63 @@
+"""The serving engine that a replica models: its limits, its memory rule and its overhead."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class ReplicaLimits(NamedTuple):
+    """The limits that bind every batching policy, settled before a run."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_blocks: int
+
+    def blocks_for(self, tokens: int) -> int:
+        """KV blocks that hold `tokens` tokens of one request."""
+        return -(-tokens // self.block_size)
+
+
+@dataclass(kw_only=True)
+class Engine:
+    """Limits that a replica shares with every policy. None means: follows from model and memory."""
+
+    name: str = "diptych"
+    """The engine that is modelled; shown in results."""
+    max_num_seqs: int = 256
+    """Requests that may run at once."""
+    max_num_batched_tokens: int = 2048
+    """Tokens of one iteration. A whole prompt above it runs alone where prompts are not cut."""
+    block_size: int = 16
+    """Tokens in a KV block."""
+    num_blocks: int | None = None
+    """KV blocks of the pool. None: what weights and activations leave of the memory."""
+    memory_utilization: float = 0.9
+    """Share of the device memory that the engine may take, 0 to 1."""
+    max_model_len: int | None = None
+    """Prompt and answer together, in tokens. None: the model's context."""
+    iteration_overhead_s: float = 0.0
+    """Scheduling and launch time that every iteration adds, in seconds."""
+
+    def __post_init__(self) -> None:
+        for field in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            value = getattr(self, field)
+            if value < 1:
+                raise ValueError(f"engine.{field}={value} must be at least 1")
+        for field in ("num_blocks", "max_model_len"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"engine.{field}={value} must be at least 1, or null to derive it")
+        if not 0 < self.memory_utilization <= 1:
+            raise ValueError(
+                f"engine.memory_utilization={self.memory_utilization} must be in (0, 1]; try 0.9"
+            )
+        if self.iteration_overhead_s < 0:
+            raise ValueError(
+                f"engine.iteration_overhead_s={self.iteration_overhead_s} must not be negative"
+            )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"engine.max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
+                f"engine.max_num_seqs={self.max_num_seqs}: every running request takes a token; "
+                "raise the former or lower the latter"
+            )

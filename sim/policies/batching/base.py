@@ -1,0 +1,162 @@
+"""Batching: which tokens one replica computes in its next iteration."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple, Protocol
+
+from sim.engine import ReplicaLimits
+from sim.policies.base import Policy
+from sim.requests import RequestView, RunningView
+
+
+class ReplicaView(Protocol):
+    """What a replica shows of itself at a decision. Read only."""
+
+    @property
+    def limits(self) -> ReplicaLimits:
+        """Limits of the engine."""
+        ...
+
+    @property
+    def waiting(self) -> Sequence[RequestView]:
+        """Requests without KV, pre-empted ones first, then in order of arrival."""
+        ...
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold KV."""
+        ...
+
+    @property
+    def num_decoding(self) -> int:
+        """Running requests past their prefill."""
+        ...
+
+    @property
+    def prefilling(self) -> Sequence[RunningView]:
+        """Running requests in mid-prefill, in order of admission."""
+        ...
+
+    @property
+    def free_blocks(self) -> int:
+        """KV blocks that nobody holds."""
+        ...
+
+    @property
+    def decode_blocks(self) -> int:
+        """New blocks that one more token for every decoding request takes."""
+        ...
+
+    def running(self) -> Sequence[RunningView]:
+        """All running requests in order of admission. Costs time in proportion to their number."""
+        ...
+
+
+class Batch(NamedTuple):
+    """One iteration's work. Applied in this order: pre-empt, admit, prefill, decode."""
+
+    admit: tuple[int, ...] = ()
+    """Waiting requests that get a seat. In order of admission."""
+    preempt: tuple[int, ...] = ()
+    """Running requests that lose their KV and go back to the head of the queue in this order."""
+    prefill: tuple[tuple[int, int], ...] = ()
+    """(request, tokens): the next tokens of its prefill."""
+    decode: bool = False
+    """Whether every running request past its prefill takes one token."""
+
+
+DECODE = Batch(decode=True)
+
+
+class Wake(Enum):
+    """What ends a decision that stands."""
+
+    arrival = "arrival"
+    completion = "completion"
+    memory = "memory"
+
+
+class Standing(NamedTuple):
+    """How long a decode-only decision stands."""
+
+    iterations: int
+    """At most so many iterations."""
+    wake_on: frozenset[Wake]
+    """Ask again at the first boundary after one of these."""
+
+
+EVERY_WAKE = frozenset(Wake)
+UNTIL_FREED = frozenset({Wake.completion, Wake.memory})
+ONE_BY_ONE = Standing(1, EVERY_WAKE)
+FOREVER = 1 << 62
+
+
+@dataclass(kw_only=True)
+class Batching(Policy):
+    """Decides the next iteration of one replica."""
+
+    @abstractmethod
+    def next_batch(self, memory: Any, view: ReplicaView) -> Batch:
+        """The work of the next iteration.
+
+        An empty batch means: nothing until the next arrival. Asked only while something waits or
+        runs.
+
+        Args:
+            memory: what `init` made; the only argument that may change.
+            view: the replica now. Not changed.
+        """
+
+    def steady(self, memory: Any, view: ReplicaView) -> Standing:
+        """How long the batch just returned stands; asked only when it decodes and nothing else.
+
+        The default asks at every iteration: right for any policy, and slow. A policy that says more
+        promises that `next_batch` would return the same until then.
+        """
+        del memory, view
+        return ONE_BY_ONE
+
+
+def whole_prompts(view: ReplicaView, reserved_blocks: int = 0) -> Batch:
+    """Admit from the head of the queue what seats, token budget and blocks allow, uncut.
+
+    A first prompt above the token budget runs alone. First come, first served: a head that does not
+    fit holds the others back.
+    """
+    limits = view.limits
+    seats = limits.max_num_seqs - view.num_running
+    blocks = view.free_blocks - (reserved_blocks if view.num_running else 0)
+    budget = limits.max_num_batched_tokens
+    chosen: list[tuple[int, int]] = []
+    for request in view.waiting:
+        tokens = request.prompt_tokens + request.generated_tokens
+        blocks -= limits.blocks_for(tokens)
+        if len(chosen) == seats or blocks < 0 or (tokens > budget and chosen):
+            break
+        chosen.append((request.request_id, tokens))
+        budget -= tokens
+        if budget <= 0:
+            break
+    return Batch(admit=tuple([request_id for request_id, _ in chosen]), prefill=tuple(chosen))
+
+
+def preempt_last(view: ReplicaView) -> tuple[int, ...]:
+    """Requests to recompute later so that all others get their next token: last admitted first.
+
+    vLLM's rule. The result is in order of admission, as the queue takes it back.
+    """
+    short = view.decode_blocks - view.free_blocks
+    if short <= 0:
+        return ()
+    limits = view.limits
+    victims: list[int] = []
+    for request in reversed(view.running()):
+        victims.append(request.request_id)
+        short -= limits.blocks_for(request.context_tokens)
+        if not request.prefill_left and request.context_tokens % limits.block_size == 0:
+            short -= 1
+        if short <= 0:
+            break
+    return tuple(reversed(victims))

@@ -1,0 +1,102 @@
+"""Cut prompts into chunks that fill a token budget beside the decodes.
+
+Sarathi-Serve (OSDI 2024), section 4.2; the default scheduler of vLLM's second engine.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sim.policies.batching.base import (
+    DECODE,
+    EVERY_WAKE,
+    FOREVER,
+    UNTIL_FREED,
+    Batch,
+    Batching,
+    ReplicaView,
+    Standing,
+    preempt_last,
+)
+from sim.requests import RunningView
+
+
+@dataclass(kw_only=True)
+class ChunkedPrefill(Batching):
+    """Decodes first, then begun prompts, then new ones, up to the engine's token budget."""
+
+    chunk_tokens: int | None = None
+    """Token budget of an iteration that cuts prompts; null: `engine.max_num_batched_tokens`."""
+
+    def __post_init__(self) -> None:
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise ValueError(
+                f"chunk_tokens={self.chunk_tokens} must be at least 1, or null for the engine's"
+            )
+
+    def next_batch(self, memory: Any, view: ReplicaView) -> Batch:
+        """Every decoding request takes a token; prompts share what is left of the budget."""
+        del memory
+        if not view.waiting and not view.prefilling and view.decode_blocks <= view.free_blocks:
+            return DECODE
+        victims = preempt_last(view)
+        batch = self._fill(view, victims)
+        while not batch.decode and not batch.prefill and len(victims) < view.num_running - 1:
+            # Begun prompts hold every block and none can go on: the last one starts again later.
+            victims = (view.running()[-1 - len(victims)].request_id, *victims)
+            batch = self._fill(view, victims)
+        return batch
+
+    def steady(self, memory: Any, view: ReplicaView) -> Standing:
+        """A queue whose head gets no seat or block stays blocked until something is freed."""
+        del memory
+        return Standing(FOREVER, UNTIL_FREED if view.waiting else EVERY_WAKE)
+
+    def _fill(self, view: ReplicaView, victims: tuple[int, ...]) -> Batch:
+        limits = view.limits
+        prefilling, decodes, blocks = _remaining(view, victims)
+        budget = min(
+            self.chunk_tokens or limits.max_num_batched_tokens, limits.max_num_batched_tokens
+        )
+        budget -= decodes
+        admit: list[int] = []
+        prefill: list[tuple[int, int]] = []
+        for begun in prefilling:
+            tokens, taken = _chunk(begun, budget, blocks, limits.block_size)
+            budget, blocks = budget - tokens, blocks - taken
+            if tokens:
+                prefill.append((begun.request_id, tokens))
+        seats = 0 if victims else limits.max_num_seqs - view.num_running
+        for request in view.waiting:
+            if len(admit) >= seats:
+                break
+            fresh = RunningView(request.request_id, 0, request.prefill_tokens)
+            tokens, taken = _chunk(fresh, budget, blocks, limits.block_size)
+            if not tokens:
+                break
+            budget, blocks = budget - tokens, blocks - taken
+            admit.append(request.request_id)
+            prefill.append((request.request_id, tokens))
+        return Batch(tuple(admit), victims, tuple(prefill), decodes > 0)
+
+
+def _remaining(
+    view: ReplicaView, victims: tuple[int, ...]
+) -> tuple[Sequence[RunningView], int, int]:
+    """Begun prompts, decoding requests and blocks for prompts once the victims are gone."""
+    if not victims:
+        return view.prefilling, view.num_decoding, view.free_blocks - view.decode_blocks
+    block_size = view.limits.block_size
+    stay = [request for request in view.running() if request.request_id not in victims]
+    prefilling = [request for request in stay if request.prefill_left]
+    edges = sum(not r.prefill_left and r.context_tokens % block_size == 0 for r in stay)
+    held = sum(view.limits.blocks_for(request.context_tokens) for request in stay)
+    return prefilling, len(stay) - len(prefilling), view.limits.num_blocks - held - edges
+
+
+def _chunk(request: RunningView, budget: int, free_blocks: int, block_size: int) -> tuple[int, int]:
+    """Tokens of this prefill that budget and blocks allow, and the new blocks that they take."""
+    held = -(-request.context_tokens // block_size)
+    room = (held + max(free_blocks, 0)) * block_size - request.context_tokens
+    tokens = max(min(request.prefill_left, budget, room), 0)
+    return tokens, -(-(request.context_tokens + tokens) // block_size) - held

@@ -1,0 +1,37 @@
+"""Run a batch to its end before the next one starts: the baseline of every serving paper.
+
+Orca (OSDI 2022), section 2, calls it request-level scheduling.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sim.policies.batching.base import (
+    DECODE,
+    FOREVER,
+    UNTIL_FREED,
+    Batch,
+    Batching,
+    ReplicaView,
+    Standing,
+    preempt_last,
+    whole_prompts,
+)
+
+
+@dataclass(kw_only=True)
+class Static(Batching):
+    """Requests that arrive in mid-batch wait until the last one of the batch has finished."""
+
+    def next_batch(self, memory: Any, view: ReplicaView) -> Batch:
+        """Decode while anything runs; else start what fits, first come, first served."""
+        del memory
+        if not view.num_running:
+            return whole_prompts(view)
+        victims = preempt_last(view)
+        return Batch(preempt=victims, decode=True) if victims else DECODE
+
+    def steady(self, memory: Any, view: ReplicaView) -> Standing:
+        """Arrivals change nothing in mid-batch."""
+        del memory, view
+        return Standing(FOREVER, UNTIL_FREED)

@@ -1,0 +1,88 @@
+"""How long a replica's iterations last: from a cost, or as logged by the other panel."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from sim.costs.base import IterationCost, decode_shape
+from sim.models.work import IterationShape
+
+SHORT_RUN = 12
+"""Runs up to this length accumulate faster in plain Python than in numpy; the bits are the same."""
+
+
+class Pace(Protocol):
+    """Turns work into boundaries on the time axis."""
+
+    @property
+    def start_s(self) -> float:
+        """No decision is taken before this instant."""
+        ...
+
+    def iteration(self, now_s: float, shape: IterationShape) -> list[float]:
+        """`[now_s, end]` of one iteration."""
+        ...
+
+    def decode_run(
+        self, now_s: float, num_decodes: int, decode_context: int, iterations: int
+    ) -> Sequence[float]:
+        """Boundaries of up to `iterations` decode-only iterations, `now_s` first."""
+        ...
+
+
+class Costed:
+    """Boundaries from a cost: `np.add.accumulate([now, *dt])`, whichever way it is computed."""
+
+    start_s = 0.0
+
+    def __init__(self, cost: IterationCost) -> None:
+        self._iteration_s = cost.iteration_s
+        self._decode_run_s = cost.decode_run_s
+
+    def iteration(self, now_s: float, shape: IterationShape) -> list[float]:
+        """`[now_s, end]` of one iteration."""
+        return [now_s, now_s + self._iteration_s(shape)]
+
+    def decode_run(
+        self, now_s: float, num_decodes: int, decode_context: int, iterations: int
+    ) -> Sequence[float]:
+        """Boundaries of `iterations` decode-only iterations, `now_s` first."""
+        seconds = self._decode_run_s(num_decodes, decode_context, iterations)
+        if iterations <= SHORT_RUN:
+            boundaries = [now_s]
+            for duration_s in seconds:
+                now_s += duration_s
+                boundaries.append(now_s)
+            return boundaries
+        return np.add.accumulate(np.concatenate(((now_s,), seconds))).tolist()
+
+
+class Replayed:
+    """Boundaries are the instants of decisions that another run logged: replay."""
+
+    def __init__(self, instants_s: Sequence[float], end_s: float) -> None:
+        """Take the decision instants, increasing, and the end of the last iteration."""
+        self._boundaries = [*instants_s, end_s]
+        self.start_s = self._boundaries[0]
+
+    def iteration(self, now_s: float, shape: IterationShape) -> list[float]:
+        """From this decision to the next logged one."""
+        del shape
+        return [now_s, self._after(now_s)]
+
+    def decode_run(
+        self, now_s: float, num_decodes: int, decode_context: int, iterations: int
+    ) -> Sequence[float]:
+        """From this decision to the next logged one: replay goes one by one."""
+        del num_decodes, decode_context, iterations
+        return [now_s, self._after(now_s)]
+
+    def _after(self, now_s: float) -> float:
+        index = bisect_right(self._boundaries, now_s)
+        # Past the log the panels have parted; the count of decisions will say so.
+        return self._boundaries[index] if index < len(self._boundaries) else now_s + 1.0
+
+
+__all__ = ["Costed", "Pace", "Replayed", "decode_shape"]

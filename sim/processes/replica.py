@@ -1,0 +1,231 @@
+"""One replica under simulated time: decide, apply, let the iterations pass, hand out the tokens."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Generator
+from typing import Any
+
+from simpy import Interrupt
+from simpy.events import Event
+
+from sim.engine import ReplicaLimits
+from sim.models.work import IterationShape
+from sim.policies.batching.base import DECODE as DECODE_ALL
+from sim.policies.batching.base import ONE_BY_ONE, Batch, Batching, Wake
+from sim.processes.exact_time import ExactEnvironment
+from sim.processes.pace import Pace
+from sim.recorder import Recorder
+from sim.requests import Request
+from sim.state.replica_state import ReplicaState, Seat
+from sim.trace import DECODE, PREFILL, State, Trace
+from sim.workload.source import Source
+
+Finished = Callable[[int, float], None]
+"""Called with (request id, instant) when a request has its last token."""
+
+
+class Replica:
+    """A serving engine's main loop. Decode stretches in which nothing can change are one event."""
+
+    def __init__(
+        self,
+        environment: ExactEnvironment,
+        batching: Batching,
+        limits: ReplicaLimits,
+        pace: Pace,
+        *,
+        one_by_one: bool = False,
+        finished: Finished | None = None,
+    ) -> None:
+        self.environment = environment
+        self.batching = batching
+        self.pace = pace
+        self.one_by_one = one_by_one
+        self.finished = finished
+        self.state = ReplicaState(limits)
+        self.recorder = Recorder()
+        self._memory = batching.init()
+        self._idle: Event | None = None
+        self._boundaries: list[float] | None = None
+        """Boundaries of the run under way when an arrival may cut it."""
+        self._joined: list[int] = []
+        self._left: list[int] = []
+        self.process = environment.process(self.serve())
+
+    def submit(self, request: Request) -> None:
+        """Take a request at its arrival. One that comes in mid-run ends the run at a boundary."""
+        self.recorder.arrived(request)
+        self.state.submit(request)
+        if self._idle is not None:
+            self._idle.succeed()
+            self._idle = None
+        elif self._boundaries is not None:
+            boundaries, now = self._boundaries, self.environment.now
+            self._boundaries = None
+            if now <= boundaries[-2]:
+                self.process.interrupt(bisect_left(boundaries, now, 1))
+
+    def serve(self) -> Generator[Event, Any, None]:
+        """The main loop, from one decision to the next."""
+        state, environment = self.state, self.environment
+        if self.pace.start_s > 0:
+            yield environment.boundary(self.pace.start_s)
+        while True:
+            if not state.waiting and not state.num_running:
+                yield self._sleep()
+            batch = self.batching.next_batch(self._memory, state)
+            if batch.prefill or batch.preempt or batch.admit:
+                yield environment.boundary(self._iterate(batch))
+                self._complete(batch.prefill)
+            elif batch.decode and state.num_decoding:
+                boundaries = self._stretch()
+                count = len(boundaries) - 1
+                try:
+                    yield environment.boundary(boundaries[-1])
+                except Interrupt as cut:
+                    count = cut.cause
+                    yield environment.boundary(boundaries[count])
+                    self.recorder.repeat(count)
+                self._boundaries = None
+                self.recorder.iterations(boundaries[: count + 1], DECODE)
+                state.decode(count)
+                self._complete(())
+            else:
+                yield self._sleep()
+
+    def _sleep(self) -> Event:
+        self._idle = Event(self.environment)
+        return self._idle
+
+    def _iterate(self, batch: Batch) -> float:
+        """Apply and record a batch that is one iteration; returns its end."""
+        state, now = self.state, self.environment.now
+        before = (state.free_blocks, len(state.waiting), state.context_tokens)
+        for seat, count in state.preempt(batch.preempt):
+            self._ended(seat, count, State.preempted)
+        for request_id in batch.admit:
+            state.admit(request_id)
+            self.recorder.event(request_id, now, State.admitted)
+        decodes = state.num_decoding if batch.decode else 0
+        shape = state.prefill(batch.prefill, decodes)
+        if not shape.prefill_tokens and not decodes:
+            raise ValueError(self._complaint(f"{batch} moves requests but computes nothing"))
+        boundaries = self.pace.iteration(now, shape)
+        self._log(1, before, shape, batch)
+        self.recorder.iterations(
+            boundaries, (PREFILL if shape.prefill_tokens else 0) | (DECODE if decodes else 0)
+        )
+        if decodes:
+            state.decode(1)
+        if state.free_blocks < 0 or state.num_running > state.limits.max_num_seqs:
+            raise ValueError(self._complaint(f"{batch} takes more blocks or seats than there are"))
+        return boundaries[1]
+
+    def _stretch(self) -> list[float]:
+        """Boundaries of as many decode iterations as surely pass before the next decision."""
+        state = self.state
+        if self.one_by_one:
+            standing, count = ONE_BY_ONE, state.steps_in_memory(1)
+        else:
+            standing = self.batching.steady(self._memory, state)
+            count = state.steps_in_memory(min(standing.iterations, state.steps_to_finish()))
+        if count < 1:
+            raise ValueError(self._complaint("a decode takes more blocks than are free"))
+        decodes = state.num_decoding
+        context = state.context_tokens
+        read = state.decode_context + decodes
+        before = (state.free_blocks, len(state.waiting), context)
+        self._log(count, before, IterationShape(0, 0, 0, 0, decodes, read, decodes), DECODE_ALL)
+        boundaries = self.pace.decode_run(self.environment.now, decodes, read, count)
+        self._boundaries = boundaries if count > 1 and Wake.arrival in standing.wake_on else None
+        return boundaries
+
+    def _complete(self, chunks: tuple[tuple[int, int], ...]) -> None:
+        """An iteration has passed: completed prompts begin to decode, finished requests leave."""
+        now = self.environment.now
+        if chunks:
+            for seat in self.state.join(chunks, self.recorder.num_iterations - 1):
+                request_id = seat.request.request_id
+                self._joined.append(request_id)
+                self.recorder.event(request_id, now, State.decoding)
+        for seat, count in self.state.finish():
+            self._ended(seat, count, State.finished)
+            if self.finished is not None:
+                self.finished(seat.request.request_id, now)
+
+    def _ended(self, seat: Seat, count: int, state: State) -> None:
+        request_id = seat.request.request_id
+        if seat.first_iteration >= 0:
+            self.recorder.run(request_id, seat.first_iteration, count)
+            if request_id in self._joined:
+                self._joined.remove(request_id)
+            else:
+                self._left.append(request_id)
+        self.recorder.event(request_id, self.environment.now, state)
+
+    def _log(
+        self, repeat: int, before: tuple[int, int, int], shape: IterationShape, batch: Batch
+    ) -> None:
+        now = self.environment.now
+        self.recorder.decision(now, repeat, before, shape, batch, self._joined, self._left)
+        if self._joined or self._left:
+            self._joined, self._left = [], []
+
+    def _complaint(self, problem: str) -> str:
+        name = type(self.batching).__name__
+        state = self.state
+        return (
+            f"policy {name} at {self.environment.now} s: {problem} (free blocks "
+            f"{state.free_blocks}, running {state.num_running}, {state.limits}); mend the policy"
+        )
+
+
+def simulate(
+    source: Source,
+    batching: Batching,
+    limits: ReplicaLimits,
+    pace: Pace,
+    *,
+    one_by_one: bool = False,
+) -> Trace:
+    """Serve all requests of a source on one replica; the requests that arrive decide the end.
+
+    Args:
+        source: requests in order of arrival; a closed loop issues the next one at an answer.
+        batching: decides every iteration.
+        limits: of the engine.
+        pace: how long iterations last.
+        one_by_one: ask the policy at every iteration, also where its decision stands.
+
+    Raises:
+        ValueError: the policy overbooks blocks or seats, or leaves requests unserved.
+    """
+    environment = ExactEnvironment()
+
+    def answered(request_id: int, instant_s: float) -> None:
+        following = source.after(request_id, instant_s)
+        if following is None:
+            return
+        if following.arrival_s <= instant_s:
+            replica.submit(following)
+        else:
+            environment.process(_arrive(following))
+
+    def _arrive(request: Request) -> Generator[Event, Any, None]:
+        yield environment.arrival(request.arrival_s)
+        replica.submit(request)
+
+    def arrivals() -> Generator[Event, Any, None]:
+        for request in source.initial():
+            yield environment.arrival(request.arrival_s)
+            replica.submit(request)
+
+    replica = Replica(environment, batching, limits, pace, one_by_one=one_by_one, finished=answered)
+    environment.process(arrivals())
+    environment.run()
+    unserved = len(replica.state.waiting) + replica.state.num_running
+    if unserved:
+        raise ValueError(
+            f"policy {type(batching).__name__} left {unserved} requests unserved and waits for "
+            "arrivals that never come; mend the policy"
+        )
+    return replica.recorder.trace()

@@ -1,0 +1,225 @@
+"""Who waits, who runs and who holds which number of KV blocks on one simulated replica.
+
+Every decoding request gains one token in every decode iteration, so a request's context is an
+offset to one common counter. Advancing the whole batch by k iterations then costs the same as
+advancing it by one, whatever its size.
+"""
+
+from collections import deque
+from heapq import heappop, heappush
+
+from sim.engine import ReplicaLimits
+from sim.models.work import IterationShape
+from sim.requests import Request, RequestView, RunningView
+
+
+class Seat:
+    """A running request. `context` holds while it prefills; decoding, it is `offset + steps`."""
+
+    __slots__ = (
+        "context",
+        "first_iteration",
+        "joined",
+        "offset",
+        "order",
+        "prefill_left",
+        "request",
+        "tokens_left",
+    )
+
+    def __init__(self, request: Request, prefill_left: int, tokens_left: int, order: int) -> None:
+        self.request = request
+        self.context = 0
+        self.prefill_left = prefill_left
+        self.tokens_left = tokens_left
+        self.order = order
+        self.offset = 0
+        self.joined = -1
+        self.first_iteration = -1
+
+
+class ReplicaState:
+    """The bookkeeping of one replica: a `ReplicaView` for policies, verbs for the process."""
+
+    def __init__(self, limits: ReplicaLimits) -> None:
+        self.limits = limits
+        self.waiting: deque[RequestView] = deque()
+        self.free_blocks = limits.num_blocks
+        self.steps = 0
+        """Decode iterations so far."""
+        self.num_decoding = 0
+        self._requests: dict[int, Request] = {}
+        self._seats: dict[int, Seat] = {}
+        self._prefilling: dict[int, Seat] = {}
+        self._finish: list[tuple[int, int, Seat]] = []
+        self._offset_sum = 0
+        self._edges = [0] * limits.block_size
+        """Decoding requests by the step, modulo the block size, at which they take a new block."""
+        self._order = 0
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold KV."""
+        return len(self._seats)
+
+    @property
+    def prefilling(self) -> list[RunningView]:
+        """Running requests in mid-prefill, in order of admission."""
+        return [
+            RunningView(request_id, seat.context, seat.prefill_left)
+            for request_id, seat in self._prefilling.items()
+        ]
+
+    @property
+    def decode_blocks(self) -> int:
+        """New blocks that one more token for every decoding request takes."""
+        return self._edges[self.steps % self.limits.block_size]
+
+    @property
+    def decode_context(self) -> int:
+        """Tokens whose KV the decoding requests hold, in sum."""
+        return self._offset_sum + self.num_decoding * self.steps
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens whose KV is stored, in sum."""
+        return self.decode_context + sum([seat.context for seat in self._prefilling.values()])
+
+    def running(self) -> list[RunningView]:
+        """All running requests in order of admission."""
+        return [
+            RunningView(request_id, self._context(seat), seat.prefill_left)
+            for request_id, seat in self._seats.items()
+        ]
+
+    def submit(self, request: Request) -> None:
+        """Queue a request that has arrived."""
+        self._requests[request.request_id] = request
+        self.waiting.append(request.view())
+
+    def admit(self, request_id: int) -> None:
+        """Seat a waiting request."""
+        waiting = self._take(request_id)
+        request = self._requests[request_id]
+        left = request.output_tokens - waiting.generated_tokens
+        seat = Seat(request, waiting.prefill_tokens, left, self._order)
+        self._order += 1
+        self._seats[request_id] = self._prefilling[request_id] = seat
+
+    def preempt(self, request_ids: tuple[int, ...]) -> list[tuple[Seat, int]]:
+        """Drop the KV of running requests and queue them first; returns seats and decode counts."""
+        dropped: list[tuple[Seat, int]] = []
+        for request_id in reversed(request_ids):
+            seat = self._seats[request_id]
+            before = seat.request.output_tokens - seat.tokens_left
+            count = self.steps - seat.joined if seat.joined >= 0 else 0
+            generated = before + (1 + count if seat.joined >= 0 else 0)
+            self._leave(seat)
+            self.waiting.appendleft(seat.request.view(generated))
+            dropped.append((seat, count))
+        return dropped
+
+    def prefill(self, chunks: tuple[tuple[int, int], ...], num_decodes: int) -> IterationShape:
+        """Store the KV of prompt chunks; returns the shape of an iteration with so many decodes."""
+        total = pairs = context = completed = 0
+        for request_id, tokens in chunks:
+            seat = self._prefilling[request_id]
+            before = seat.context
+            after = before + tokens
+            self.free_blocks -= self.limits.blocks_for(after) - self.limits.blocks_for(before)
+            seat.context = after
+            seat.prefill_left -= tokens
+            completed += not seat.prefill_left
+            total += tokens
+            pairs += tokens * before + tokens * (tokens + 1) // 2
+            context += after
+        read = self.decode_context + num_decodes if num_decodes else 0
+        sampled = num_decodes + completed
+        return IterationShape(total, pairs, context, len(chunks), num_decodes, read, sampled)
+
+    def join(self, chunks: tuple[tuple[int, int], ...], iteration: int) -> list[Seat]:
+        """Let prompts that this iteration completed decode from the next one on."""
+        joined: list[Seat] = []
+        for request_id, _ in chunks:
+            seat = self._seats[request_id]
+            if seat.prefill_left:
+                continue
+            del self._prefilling[request_id]
+            seat.joined = self.steps
+            seat.first_iteration = iteration
+            seat.offset = seat.context - self.steps
+            self._offset_sum += seat.offset
+            self.num_decoding += 1
+            self._edges[-seat.offset % self.limits.block_size] += 1
+            heappush(self._finish, (self.steps + seat.tokens_left - 1, seat.order, seat))
+            joined.append(seat)
+        return joined
+
+    def steps_to_finish(self) -> int:
+        """Decode iterations until the first decoding request has its last token."""
+        finish = self._finish
+        while finish[0][2].joined < 0:
+            heappop(finish)
+        return finish[0][0] - self.steps
+
+    def steps_in_memory(self, wanted: int) -> int:
+        """How many of `wanted` decode iterations the free blocks last for."""
+        size = self.limits.block_size
+        if self.num_decoding * -(-wanted // size) <= self.free_blocks:
+            return wanted
+        rounds = self.free_blocks // self.num_decoding
+        left = self.free_blocks - rounds * self.num_decoding
+        count = rounds * size
+        while count < wanted:
+            left -= self._edges[(self.steps + count) % size]
+            if left < 0:
+                break
+            count += 1
+        return count
+
+    def decode(self, iterations: int) -> None:
+        """Give every decoding request so many tokens."""
+        size = self.limits.block_size
+        rounds, rest = divmod(iterations, size)
+        taken = rounds * self.num_decoding
+        for step in range(self.steps, self.steps + rest):
+            taken += self._edges[step % size]
+        self.free_blocks -= taken
+        self.steps += iterations
+
+    def finish(self) -> list[tuple[Seat, int]]:
+        """Release the requests that have their last token; returns seats and decode counts."""
+        done: list[tuple[Seat, int]] = []
+        finish = self._finish
+        while finish and (finish[0][2].joined < 0 or finish[0][0] <= self.steps):
+            seat = heappop(finish)[2]
+            if seat.joined >= 0:
+                done.append((seat, self.steps - seat.joined))
+                self._leave(seat)
+                del self._requests[seat.request.request_id]
+        return done
+
+    def _context(self, seat: Seat) -> int:
+        return seat.offset + self.steps if seat.joined >= 0 else seat.context
+
+    def _leave(self, seat: Seat) -> None:
+        request_id = seat.request.request_id
+        self.free_blocks += self.limits.blocks_for(self._context(seat))
+        del self._seats[request_id]
+        if seat.joined < 0:
+            del self._prefilling[request_id]
+            return
+        self.num_decoding -= 1
+        self._offset_sum -= seat.offset
+        self._edges[-seat.offset % self.limits.block_size] -= 1
+        seat.joined = -1  # its entry in the heap is void from now on
+
+    def _take(self, request_id: int) -> RequestView:
+        head = self.waiting[0]
+        if head.request_id == request_id:
+            return self.waiting.popleft()
+        for request in self.waiting:
+            if request.request_id == request_id:
+                self.waiting.remove(request)
+                return request
+        raise ValueError(f"the batch admits request {request_id}, which does not wait")
