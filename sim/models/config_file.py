@@ -84,7 +84,7 @@ class ConfigFile:
             raise self._wrong(key, value, "a list")
         items = cast("list[object]", value)
         if not all(isinstance(item, int) for item in items):
-            raise self._wrong(key, value, "a list of whole numbers")
+            raise self._wrong(key, items, "a list of whole numbers")
         return tuple(cast("list[int]", items))
 
     def _wrong(self, key: str, value: object, rule: str) -> ValueError:

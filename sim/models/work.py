@@ -6,7 +6,6 @@ and additions are taken to be fused into their neighbours.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from sim.models.dimensions import Architecture
@@ -77,12 +76,12 @@ class IterationShape(NamedTuple):
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Operator:
+class Operator(NamedTuple):
     """One operator of an iteration. FLOPs and bytes are of one execution, in one layer."""
 
     name: str
-    count: int
+    # Hides tuple.count; a frozen dataclass doubles the time of a call that every iteration makes.
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     """Executions in the iteration: the layers that have it."""
     flops: int
     bytes_read: float
