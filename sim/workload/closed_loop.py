@@ -87,7 +87,7 @@ class ClosedLoop(LengthWorkload):
 
     def _draw_think(self, rng: np.random.Generator, count: int) -> NDArray[np.float64]:
         if self.think_times is ThinkTimes.fixed:
-            return np.full(count, self.think_time_s)
+            return np.full(count, float(self.think_time_s))
         return self.think_time_s * rng.standard_exponential(count)
 
 

@@ -1,7 +1,7 @@
 """Hands a workload's requests to an executor, simulated or real, and checks them before a run."""
 
 from collections.abc import Iterator
-from itertools import repeat
+from itertools import islice, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -9,9 +9,18 @@ import numpy as np
 from sim.requests import Request
 from sim.workload.base import RequestColumns, Workload
 
+_READ_AHEAD = 256
+"""Requests of a closed loop read at once: the cost of starting to read is spread over them."""
+
 
 class Source:
-    """The requests of one run. Both panels read theirs through it, so both see the same ones."""
+    """The requests of one run. Both panels read theirs through it, so both see the same ones.
+
+    Args:
+        workload: where requests come from; call `check` on it first.
+        seed: the scenario's seed.
+        max_model_tokens: context of the model, prompt and answer together.
+    """
 
     def __init__(self, workload: Workload, seed: int, max_model_tokens: int) -> None:
         self._workload = workload
@@ -43,7 +52,9 @@ class Source:
         following = self._take(request_id + self._clients)
         if following is None:
             return None
-        return Request(following[0], finish_s + following[1], *following[2:])
+        _, think_s, prompt_tokens, output_tokens, most, hashes = following
+        arrival_s = finish_s + think_s
+        return Request(following[0], arrival_s, prompt_tokens, output_tokens, most, hashes)
 
     def _restart(self) -> None:
         self._stream = self._requests()
@@ -75,15 +86,12 @@ class Source:
     def _take(self, request_id: int) -> Request | None:
         """One request of a closed loop; those of slower clients read on the way are kept."""
         ahead = self._ahead
-        assert request_id in ahead or request_id >= self._num_read, (
-            f"{request_id} was issued before"
-        )
         if request_id not in ahead:
-            for request in self._stream:
-                ahead[request.request_id] = request
-                self._num_read += 1
-                if request.request_id == request_id:
-                    break
+            assert request_id >= self._num_read, f"request {request_id} was issued before"
+            num_held = len(ahead)
+            missing = islice(self._stream, request_id - self._num_read + _READ_AHEAD)
+            ahead.update((request[0], request) for request in missing)
+            self._num_read += len(ahead) - num_held
         return ahead.pop(request_id, None)
 
 

@@ -13,7 +13,6 @@ from sim.workload.base import CHUNK_ROWS, RequestColumns, Workload
 from sim.workload.checks import require_count, require_positive
 from sim.workload.trace_lines import broken
 
-
 MAX_TICKS = 10**15
 """Times beyond it (30,000 years of milliseconds) are mistakes, and floats there lose digits."""
 
