@@ -9,17 +9,25 @@ from hardware_models.checks import (
     require_text,
 )
 
+COEFFICIENTS = ("prefill_pair_s", "prefill_s", "decode_s", "context_token_s")
+"""Seconds for each causal pair of a chunk, each chunk, each decoding request, and each token of KV
+that the decoding requests read."""
+
 
 @dataclass(kw_only=True)
 class FittedIteration:
     """Seconds of one engine iteration of one model: fitted, then judged on held-out shapes."""
 
-    batch_knots: list[float]
-    """Batch sizes at which batch_s is given, tokens; strictly increasing."""
-    batch_s: list[float]
-    """Seconds at each knot; between knots a line."""
+    body_tokens: list[float]
+    """Tokens of a batch at which body_s is given; strictly increasing, at least two."""
+    body_s: list[float]
+    """Seconds of all layers' matrix products at each of them; between them a line."""
+    head_tokens: list[float]
+    """Sampled positions at which head_s is given; strictly increasing, at least two."""
+    head_s: list[float]
+    """Seconds of the lm_head and sampling at each of them; between them a line."""
     coefficients: dict[str, float]
-    """Further coefficients by name; each name ends with its unit."""
+    """Further coefficients by name, in seconds: see `COEFFICIENTS`."""
     heldout_median_error: float
     """Median of |predicted - measured| / measured on held-out shapes (no unit)."""
     heldout_p90_error: float
@@ -32,12 +40,19 @@ class FittedIteration:
     """Type of weights and activations, such as fp32."""
 
     def __post_init__(self) -> None:
-        if len(self.batch_knots) != len(self.batch_s):
+        for name in ("body", "head"):
+            tokens, seconds = getattr(self, f"{name}_tokens"), getattr(self, f"{name}_s")
+            if len(tokens) != len(seconds) or len(tokens) < 2:
+                raise ValueError(
+                    f"FittedIteration: {name}_s has {len(seconds)} values for {len(tokens)} "
+                    f"{name}_tokens; give one value for each, and at least two"
+                )
+            require_increasing(self, f"{name}_tokens", tokens)
+        if sorted(self.coefficients) != sorted(COEFFICIENTS):
             raise ValueError(
-                f"FittedIteration: batch_s has {len(self.batch_s)} values for "
-                f"{len(self.batch_knots)} batch_knots; give one value per knot"
+                f"FittedIteration: coefficients={sorted(self.coefficients)} must be "
+                f"{sorted(COEFFICIENTS)}; run the calibration again"
             )
-        require_increasing(self, "batch_knots", self.batch_knots)
         require_not_negative(
             self, "heldout_median_error", "heldout_p90_error", "num_shapes", "num_heldout"
         )

@@ -82,10 +82,7 @@ class Recorder:
             joined: requests that decode since the decision before.
             left: requests that no longer do.
         """
-        self._decisions.extend(
-            (instant_s, repeat, *before, shape.num_decodes, shape.prefill_tokens,
-             shape.prefill_pairs, shape.prefill_context)
-        )  # fmt: skip
+        self._decisions.extend((instant_s, repeat, *before, *shape))
         if batch.admit:
             self._append("admitted", batch.admit)
         if batch.preempt:

@@ -48,9 +48,11 @@ SPANS = {"start_s": "f", "end_s": "f", "flops": "f", "bytes": "f", "request": "i
 SPAN_NAMES = ("resource", "operation")
 DECISIONS = {
     "replica": "i", "instant_s": "f", "repeat": "i", "free_blocks": "i", "waiting": "i",
-    "context_tokens": "i", "num_decodes": "i", "prefill_tokens": "i", "prefill_pairs": "i",
-    "prefill_context": "i",
+    "context_tokens": "i", "prefill_tokens": "i", "prefill_pairs": "i", "prefill_context": "i",
+    "num_prefills": "i", "num_decodes": "i", "decode_context": "i", "sampled_tokens": "i",
 }  # fmt: skip
+"""`free_blocks`, `waiting` and `context_tokens` (KV stored) were observed before the decision; the
+columns after them are the shape of its first iteration: see `IterationShape`."""
 RAGGED = ("admitted", "preempted", "prefilled", "prefilled_tokens", "joined", "left")
 """Lists of a decision. `joined` and `left`: changes of the set of decoding requests since the
 decision before, from which the tokens of every request at every decision follow."""

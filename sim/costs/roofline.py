@@ -15,7 +15,7 @@ from sim.models.work import IterationShape, Operator, iteration_operators
 class Roofline:
     """The cost of one model on one device."""
 
-    def __init__(  # noqa: PLR0913  a device, a model and a type are not fewer numbers
+    def __init__(
         self,
         architecture: Architecture,
         *,

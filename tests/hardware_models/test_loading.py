@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hardware_models.calibration import COEFFICIENTS
 from hardware_models.parts import dump_node, load_gpu, load_link, load_node, names, read_node
 from hardware_models.schema import Calibration, Cpu, FittedIteration, Node
 
@@ -30,9 +31,11 @@ def write(folder: Path, kind: str, name: str, text: str) -> Path:
 
 def this_machine() -> Node:
     fit = FittedIteration(
-        batch_knots=[1.0, 8.0],
-        batch_s=[0.1, 0.30000000000000004],
-        coefficients={"context_token_s": 1e-07},
+        body_tokens=[1.0, 8.0],
+        body_s=[0.1, 0.30000000000000004],
+        head_tokens=[1.0, 4.0],
+        head_s=[0.01, 0.02],
+        coefficients=dict.fromkeys(COEFFICIENTS, 1e-07),
         heldout_median_error=0.03,
         heldout_p90_error=0.1,
         num_shapes=12,
@@ -153,8 +156,9 @@ def test_missing_file_is_refused_with_its_path(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_s": [1.0]}, "one value per knot"),
-        ({"batch_knots": [8.0, 1.0]}, "must increase strictly"),
+        ({"body_s": [1.0]}, "one value for each"),
+        ({"head_tokens": [8.0, 1.0]}, "must increase strictly"),
+        ({"coefficients": {"decode_s": 1.0}}, "run the calibration again"),
         ({"heldout_p90_error": -0.1}, "must be zero or more"),
     ],
 )

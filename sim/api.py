@@ -1,0 +1,60 @@
+"""The plain Python door: `run(scenario) -> Result`, as notebooks use it."""
+
+from sim.costs.fitted import Fitted
+from sim.policies.instance_plan.base import InstancePlan
+from sim.processes.pace import Costed
+from sim.processes.replica import simulate
+from sim.provenance import provenance
+from sim.result import Result
+from sim.scenario import Scenario
+from sim.setup import Setup, check_workload, prepare
+from sim.summary import summarise
+from sim.trace import Trace
+from sim.workload.source import Source
+
+__all__ = ["check", "run"]
+
+
+def check(scenario: Scenario) -> Setup:
+    """Refuse a scenario that cannot run, before anything is made.
+
+    Raises:
+        ValueError: what is wrong, with the value, the rule and the way out.
+    """
+    setup = prepare(scenario)
+    _require_one_group(scenario.policy.instance_plan)
+    for seed in scenario.seeds:
+        check_workload(scenario, setup, seed)
+    return setup
+
+
+def run(scenario: Scenario) -> Result:
+    """Simulate a scenario, once a seed.
+
+    Raises:
+        ValueError: it cannot run; see `check`.
+    """
+    setup = check(scenario)
+    traces = tuple(_simulate(scenario, setup, seed) for seed in scenario.seeds)
+    source = "measured on this machine" if isinstance(setup.cost, Fitted) else "datasheet roofline"
+    return Result(
+        scenario=scenario,
+        traces=traces,
+        figures=tuple(summarise(scenario, setup, trace) for trace in traces),
+        provenance=provenance(),
+        cost_shares={source: 1.0},
+    )
+
+
+def _simulate(scenario: Scenario, setup: Setup, seed: int) -> Trace:
+    source = Source(scenario.workload, seed, setup.max_model_tokens)
+    return simulate(source, scenario.policy.batching, setup.limits, Costed(setup.cost))
+
+
+def _require_one_group(plan: InstancePlan) -> None:
+    groups = plan.groups(plan.init(), 1)
+    if len(groups) != 1 or not (groups[0].prefills and groups[0].decodes):
+        raise ValueError(
+            f"instance plan {type(plan).__name__} makes {groups} of one instance, and a replica is "
+            "one group that prefills and decodes; take policy/instance_plan=colocated"
+        )

@@ -1,0 +1,110 @@
+"""One typed record of everything that decides a run. Plain Python makes it, and so does Hydra."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from hardware_models.schema import Gpu, Node
+from sim.engine import Engine
+from sim.metrics import Slo
+from sim.policies.batching.base import Batching
+from sim.policies.batching.continuous import Continuous
+from sim.policies.instance_plan.base import InstancePlan
+from sim.policies.instance_plan.colocated import Colocated
+from sim.workload.base import Workload
+from sim.workload.default import Default
+
+
+class Dtype(Enum):
+    """Element types of weights, activations and KV."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+    fp8 = "fp8"
+    int8 = "int8"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one element."""
+        return {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "int8": 1}[self.value]
+
+
+class CostFamily(Enum):
+    """Where the seconds of an iteration come from."""
+
+    roofline = "roofline"
+    """Datasheet peaks."""
+    fitted = "fitted"
+    """Coefficients that `diptych calibrate` measured for this model on this node."""
+
+
+@dataclass(kw_only=True)
+class Model:
+    """Which model, in which type."""
+
+    name: str = "llama_3_8b"
+    """A shipped architecture; shown in results."""
+    config: str | None = None
+    """A Hugging Face folder or config.json that takes the place of the shipped one."""
+    weights: str = "random"
+    """For the real panel: random, smollm2 (the package of that name) or a Hugging Face folder."""
+    dtype: Dtype = Dtype.bf16
+    """Weights and activations."""
+    kv_dtype: Dtype | None = None
+    """KV cache; null: as `dtype`."""
+
+
+@dataclass(kw_only=True)
+class Policies:
+    """One rule for every decision."""
+
+    batching: Batching = field(default_factory=Continuous)
+    """Which tokens an iteration computes."""
+    instance_plan: InstancePlan = field(default_factory=Colocated)
+    """Which instances form groups."""
+
+
+@dataclass(kw_only=True)
+class Scenario:
+    """What is simulated. Checked here and, against model and hardware, before a run starts."""
+
+    name: str = "scenario"
+    """Of the study; names its results."""
+    model: Model = field(default_factory=Model)
+    """What is served."""
+    engine: Engine = field(default_factory=Engine)
+    """The engine's limits."""
+    workload: Workload = field(default_factory=Default)
+    """What is asked of it."""
+    policy: Policies = field(default_factory=Policies)
+    """How it decides."""
+    node: Node | None = None
+    """The machine; exactly one of `node` and `gpu`."""
+    gpu: Gpu | None = None
+    """Short for a machine with one such GPU."""
+    cost: CostFamily = CostFamily.roofline
+    """Where seconds come from."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """One run each; several give intervals."""
+    slo: Slo = field(default_factory=Slo)
+    """What counts for goodput."""
+    warm_up: float = 0.1
+    """Share of the span of arrivals whose requests are left out at its start."""
+    drain: float = 0.1
+    """Share left out at its end."""
+    accept: dict[str, float] = field(default_factory=dict[str, float])
+    """Largest relative error that `diptych validate` accepts, by line of its table."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={self.seeds} must be distinct and not negative; try [0, 1, 2]")
+        if min(self.warm_up, self.drain) < 0 or self.warm_up + self.drain >= 1:
+            raise ValueError(
+                f"warm_up={self.warm_up} and drain={self.drain} must not be negative and leave "
+                "something between them; try 0.1 each"
+            )
+        if self.node is not None and self.gpu is not None:
+            raise ValueError(
+                f"node={self.node.name} and gpu={self.gpu.name} are both given; give exactly one "
+                "(node=null or gpu=null drops the other)"
+            )

@@ -1,0 +1,92 @@
+"""One dictionary of figures for a run: what tables, sweeps and comparisons show."""
+
+import numpy as np
+
+from sim import metrics
+from sim.metrics import RequestTimes, Slo
+from sim.scenario import Scenario
+from sim.setup import Setup
+from sim.trace import Trace
+from sim.work_done import work_done
+
+PERCENTILES = (50, 90, 99)
+
+
+def summarise(scenario: Scenario, setup: Setup, trace: Trace) -> dict[str, float]:
+    """All figures of one run. Latencies are of the steady window; see `metrics.steady_window`.
+
+    An overloaded run has no steady state: its latencies are not a number, and `overloaded` is 1.
+    """
+    times = metrics.request_times(trace)
+    overloaded = metrics.is_overloaded(times)
+    window = metrics.steady_window(times, scenario.warm_up, scenario.drain)
+    counted = RequestTimes(*[column[window] for column in times])
+    duration_s = float(trace.iterations["end_s"][-1] - times.arrival_s.min())
+    figures: dict[str, float] = {
+        "num_requests": len(times.request),
+        "counted_requests": len(counted.request),
+        "overloaded": float(overloaded),
+        "duration_s": duration_s,
+        **_rates(times, scenario.slo, duration_s),
+        **latencies(trace, counted, steady=not overloaded),
+        "num_preemptions": int(times.num_preemptions.sum()),
+        "num_iterations": trace.num_iterations,
+        "num_decisions": len(trace.decisions["repeat"]),
+        "busy_share": metrics.busy_share(trace),
+        **_efficiency(scenario, setup, trace, duration_s),
+    }
+    return figures
+
+
+def latencies(trace: Trace, times: RequestTimes, *, steady: bool = True) -> dict[str, float]:
+    """Mean and percentiles of TTFT, TPOT, ITL and end-to-end latency, and the parts of TTFT."""
+    parts = metrics.ttft_parts(trace, times)
+    columns = {"ttft": times.ttft_s, "tpot": times.tpot_s, "e2e": times.e2e_s}
+    figures: dict[str, float] = {}
+    for name, values in columns.items():
+        known = values[~np.isnan(values)]
+        figures[f"{name}_mean_s"] = float(known.mean()) if len(known) else float("nan")
+        for q in PERCENTILES:
+            figures[f"{name}_p{q}_s"] = float(np.percentile(known, q)) if len(known) else np.nan
+    gaps = metrics.inter_token_gaps(trace)
+    figures["itl_mean_s"] = gaps.mean()
+    figures |= {f"itl_p{q}_s": gaps.percentile(q) for q in PERCENTILES}
+    figures |= {
+        f"{name}_mean_s": float(values.mean()) if len(values) else float("nan")
+        for name, values in zip(("queue", "prefill", "interference"), parts, strict=True)
+    }
+    return figures if steady else dict.fromkeys(figures, float("nan"))
+
+
+def _rates(times: RequestTimes, slo: Slo, duration_s: float) -> dict[str, float]:
+    met = metrics.met_slo(times, slo)
+    return {
+        "throughput_requests_per_s": len(times.request) / duration_s,
+        "throughput_tokens_per_s": float(times.output_tokens.sum()) / duration_s,
+        "goodput_requests_per_s": float(met.sum()) / duration_s,
+        "slo_share": float(met.mean()),
+    }
+
+
+def _efficiency(
+    scenario: Scenario, setup: Setup, trace: Trace, duration_s: float
+) -> dict[str, float]:
+    """FLOPs, bytes, and what time on the device costs where price and power are published."""
+    done = work_done(trace, setup.architecture, setup.kv_bytes_per_token)
+    gpu = scenario.gpu or (scenario.node.gpu if scenario.node else None)
+    output = int(trace.requests["output_tokens"].sum())
+    price = gpu.price.usd_per_hour if gpu and gpu.price else None
+    power_w = gpu.power.limit_w if gpu and gpu.power else None
+    peak = gpu.peak.flops_per_s.get(scenario.model.dtype.value) if gpu else None
+    return {
+        "flops": done.flops,
+        "flops_utilisation": done.flops / duration_s / peak if peak else float("nan"),
+        "kv_bytes_written": done.kv_bytes_written,
+        "kv_bytes_read": done.kv_bytes_read,
+        "usd_per_million_output_tokens": (
+            price * duration_s / 3600 / output * 1e6 if price else float("nan")
+        ),
+        "joules_per_output_token_at_power_limit": (
+            power_w * metrics.busy_share(trace) * duration_s / output if power_w else float("nan")
+        ),
+    }

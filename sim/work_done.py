@@ -1,0 +1,44 @@
+"""How much work a trace's iterations were: FLOPs and KV bytes, from shapes that its decisions hold."""
+
+from typing import NamedTuple
+
+from sim.models.architecture import Architecture
+from sim.models.flops import attention_flops_per_pair, layer_flops_per_token
+from sim.models.operators import lm_head
+from sim.trace import Trace
+
+
+class WorkDone(NamedTuple):
+    """Sums over all iterations of a trace."""
+
+    tokens: int
+    flops: int
+    """Matrix products, causal: see `sim.models.flops`."""
+    kv_bytes_written: int
+    kv_bytes_read: int
+
+
+def work_done(trace: Trace, architecture: Architecture, kv_bytes_per_token: int) -> WorkDone:
+    """Add up what all iterations computed, wrote and read.
+
+    A decision that stands for k iterations reads a context that grows by one token a request each.
+
+    Args:
+        trace: of one replica.
+        architecture: what it served.
+        kv_bytes_per_token: of the KV cache, all layers.
+    """
+    column = trace.decisions
+    repeat, decodes = column["repeat"], column["num_decodes"]
+    tokens = int(((column["prefill_tokens"] + decodes) * repeat).sum())
+    grown = decodes * (repeat * (repeat - 1) // 2)
+    decode_context = int((column["decode_context"] * repeat + grown).sum())
+    pairs = int((column["prefill_pairs"] * repeat).sum()) + decode_context
+    sampled = int((column["sampled_tokens"] * repeat).sum())
+    read = int((column["prefill_context"] * repeat).sum()) + decode_context
+    flops = (
+        tokens * layer_flops_per_token(architecture)
+        + pairs * architecture.num_layers * attention_flops_per_pair(architecture)
+        + sampled * lm_head(architecture).flops_per_token
+    )
+    return WorkDone(tokens, flops, tokens * kv_bytes_per_token, read * kv_bytes_per_token)
