@@ -1,0 +1,31 @@
+"""Starts test_kernels.py under Triton's interpreter, which no process can mix with compiling."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.slow
+def test_every_kernel_agrees_with_its_reference_when_interpreted():
+    root = Path(__file__).parents[3]
+    target = Path(__file__).with_name("test_kernels.py")
+    options = ("-q", "-m", "not gpu", "-p", "no:cacheprovider")
+    finished = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(target)],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert re.search(r"\d\d passed", finished.stdout), finished.stdout
+    assert "skipped" not in finished.stdout
