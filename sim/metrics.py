@@ -4,13 +4,14 @@ TTFT = first token - arrival. TPOT = (last - first token) / (output tokens - 1).
 between two tokens of a request. Goodput = requests a second that met their SLO.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.trace import DECODE, State, Trace
+from sim.trace import DECODE, Array, State, Trace
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -100,17 +101,18 @@ def request_times(trace: Trace) -> RequestTimes:
 
 
 class WeightedGaps(NamedTuple):
-    """Gaps between tokens, each with the number of requests that saw it."""
+    """Gaps between tokens; one that a whole batch shares is listed once."""
 
     gap_s: Floats
-    count: Ints
+    weight: Ints
+    """Requests that saw the gap."""
 
     def percentile(self, q: float) -> float:
-        """The q-th percentile (0 to 100) of the gaps, as numpy's default gives for the full list."""
-        if not self.count.sum():
+        """The q-th percentile (0 to 100), as numpy's default gives for the full list of gaps."""
+        if not self.weight.sum():
             return float("nan")
         order = np.argsort(self.gap_s, kind="stable")
-        upto = np.cumsum(self.count[order])
+        upto = np.cumsum(self.weight[order])
         rank = q / 100 * (int(upto[-1]) - 1)
         low, share = int(rank), rank - int(rank)
         below = self.gap_s[order][np.searchsorted(upto, low, "right")]
@@ -119,8 +121,8 @@ class WeightedGaps(NamedTuple):
 
     def mean(self) -> float:
         """Mean gap."""
-        total = int(self.count.sum())
-        return float((self.gap_s * self.count).sum() / total) if total else float("nan")
+        total = int(self.weight.sum())
+        return float((self.gap_s * self.weight).sum() / total) if total else float("nan")
 
 
 def inter_token_gaps(trace: Trace) -> WeightedGaps:
@@ -182,9 +184,8 @@ def ttft_parts(trace: Trace, times: RequestTimes) -> TtftParts:
         return TtftParts(np.zeros(0), np.zeros(0), np.zeros(0))
     before_first = trace.iterations["start_s"][iteration[row]] < times.first_token_s[position]
     counted = (times.request[position] == who) & before_first
-    prefill_s = np.bincount(
-        position[counted], weights=share_s[counted], minlength=len(times.request)
-    )
+    prefill_s = np.zeros(len(times.request))
+    np.add.at(prefill_s, position[counted], share_s[counted])
     queue_s = times.queue_s
     return TtftParts(queue_s, prefill_s, times.ttft_s - queue_s - prefill_s)
 
@@ -241,17 +242,15 @@ def busy_share(trace: Trace) -> float:
     return float((iterations["end_s"] - iterations["start_s"]).sum() / span)
 
 
-def _of(events: "dict[str, Floats | Ints] | object", state: State) -> Ints:
-    table = events  # the mapping of Trace.events
-    return table["request"][table["state"] == state]  # type: ignore[index]
+def _of(events: Mapping[str, Array], state: State) -> Ints:
+    return events["request"][events["state"] == state]
 
 
-def _first(events: object, state: State) -> tuple[Ints, Floats]:
+def _first(events: Mapping[str, Array], state: State) -> tuple[Ints, Floats]:
     """Requests that reached a state, sorted, and when each did so first."""
-    table: dict[str, Ints] = events  # type: ignore[assignment]
-    chosen = table["state"] == state
-    ids, where = np.unique(table["request"][chosen], return_index=True)
-    return ids, table["instant_s"][chosen][where].astype(np.float64)
+    chosen = events["state"] == state
+    ids, where = np.unique(events["request"][chosen], return_index=True)
+    return ids, events["instant_s"][chosen][where]
 
 
 def _last_iteration(trace: Trace, run: Ints) -> Ints:

@@ -1,5 +1,6 @@
 """Where a figure comes from: commit, versions, machine. Kept apart from what must be repeatable."""
 
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +20,7 @@ def provenance() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of the source tree, with a plus sign where it was changed; `release` outside git."""
+    """The commit of the source tree, `+` where it was changed; `release` outside git."""
     folder = Path(__file__).parent
     try:
         text = subprocess.run(
@@ -33,8 +34,6 @@ def commit() -> str:
 
 def machine() -> str:
     """Processor, cores and system."""
-    import os
-
     return f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
 
 

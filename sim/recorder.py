@@ -17,51 +17,43 @@ class Recorder:
 
     def __init__(self, replica: int = 0) -> None:
         self.replica = replica
-        self.num_iterations = 0
-        self._start, self._end, self._kind = array("d"), array("d"), array("b")
-        self._requests = _columns(schema.REQUESTS)
-        self._events = _columns(schema.EVENTS)
-        self._runs = _columns(schema.RUNS)
+        self._end = array("d")
+        self._requests = array("d")
+        self._events = array("d")
+        self._runs = array("d")
         self._decisions: array[float] = array("d")
         """Rows of `DECISIONS` after `replica`, one after another: one `extend` a decision."""
         self._num_decisions = 0
         self._values = {name: array("q") for name in schema.RAGGED}
         self._rows = {name: array("q") for name in schema.RAGGED}
-        self._spans = _columns(schema.SPANS)
+        self._spans = array("d")
         self._span_names: dict[str, list[str]] = {name: [] for name in schema.SPAN_NAMES}
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations recorded so far."""
+        return len(self._end)
 
     def arrived(self, request: Request) -> None:
         """A request reached the replica."""
-        columns = self._requests
-        columns["request"].append(request.request_id)
-        columns["arrival_s"].append(request.arrival_s)
-        columns["prompt_tokens"].append(request.prompt_tokens)
-        columns["output_tokens"].append(request.output_tokens)
-        columns["max_output_tokens"].append(request.max_output_tokens)
+        self._requests.extend(
+            (request.request_id, request.arrival_s, request.prompt_tokens, request.output_tokens,
+             request.max_output_tokens)
+        )  # fmt: skip
 
     def event(self, request_id: int, instant_s: float, state: State) -> None:
         """A request changed its state."""
-        columns = self._events
-        columns["request"].append(request_id)
-        columns["instant_s"].append(instant_s)
-        columns["state"].append(state)
+        self._events.extend((request_id, instant_s, state))
 
     def run(self, request_id: int, first_iteration: int, count: int) -> None:
         """A stay ended: a token at the end of `first_iteration`, then one in `count` decodes."""
-        columns = self._runs
-        columns["request"].append(request_id)
-        columns["first_iteration"].append(first_iteration)
-        columns["count"].append(count)
+        self._runs.extend((request_id, first_iteration, count))
 
-    def iterations(self, boundaries: Sequence[float], kind: int) -> None:
-        """Consecutive iterations of one kind between `boundaries` (one more than iterations)."""
-        count = len(boundaries) - 1
-        self._start.extend(boundaries[:-1])
+    def passed(self, boundaries: Sequence[float]) -> None:
+        """The iterations of the last decision, between `boundaries`, its instant first."""
         self._end.extend(boundaries[1:])
-        self._kind.extend([kind] * count)
-        self.num_iterations += count
 
-    def decision(  # noqa: PLR0913  the row of a table, written on the hot path
+    def decision(  # noqa: PLR0913, PLR0917  the row of a table, on the hot path
         self,
         instant_s: float,
         repeat: int,
@@ -104,32 +96,37 @@ class Recorder:
         """A resource was busy with an operation; `row` has the columns of `SPANS`."""
         self._span_names["resource"].append(resource)
         self._span_names["operation"].append(operation)
-        for name, column in self._spans.items():
-            column.append(row[name])
+        self._spans.extend(row[name] for name in schema.SPANS)
 
     def trace(self) -> Trace:
         """The trace so far. Columns are copied: the recorder may go on."""
-        iterations: Table = {
-            "replica": np.full(self.num_iterations, self.replica, np.int64),
-            "start_s": np.array(self._start),
-            "end_s": np.array(self._end),
-            "kind": np.array(self._kind, np.int64),
-        }
-        rows = np.array(self._decisions).reshape(-1, _WIDTH)
-        decisions: Table = {"replica": np.full(len(rows), self.replica, np.int64)}
-        for index, (name, kind) in enumerate(list(schema.DECISIONS.items())[1:]):
-            column = rows[:, index]
-            decisions[name] = column.copy() if kind == "f" else column.astype(np.int64)
+        decisions = _table(schema.DECISIONS, self._decisions, self.replica)
         return Trace(
-            iterations=iterations,
-            requests=_arrays(self._requests),
-            events=_arrays(self._events),
-            runs=_arrays(self._runs),
+            iterations=self._iterations(decisions),
+            requests=_table(schema.REQUESTS, self._requests),
+            events=_table(schema.EVENTS, self._events),
+            runs=_table(schema.RUNS, self._runs),
             decisions=decisions,
             decision_lists={name: self._ragged(name) for name in schema.RAGGED},
-            spans=_arrays(self._spans),
+            spans=_table(schema.SPANS, self._spans),
             span_names=self._span_names,
         )
+
+    def _iterations(self, decisions: Table) -> Table:
+        """Start and kind of every iteration follow from the decision that it belongs to."""
+        end_s = np.array(self._end)
+        repeat = decisions["repeat"]
+        first = np.cumsum(repeat) - repeat
+        start_s = np.append(0.0, end_s)[:-1]
+        start_s[first] = decisions["instant_s"]
+        kind = schema.PREFILL * (decisions["prefill_tokens"] > 0)
+        kind = kind + schema.DECODE * (decisions["num_decodes"] > 0)
+        return {
+            "replica": np.full(len(end_s), self.replica, np.int64),
+            "start_s": start_s,
+            "end_s": end_s,
+            "kind": np.repeat(kind, repeat),
+        }
 
     def _append(self, name: str, values: Sequence[int]) -> None:
         self._values[name].extend(values)
@@ -143,12 +140,16 @@ class Recorder:
 
 
 _WIDTH = len(schema.DECISIONS) - 1
-_TYPES = {"f": "d", "i": "q"}
 
 
-def _columns(kinds: Mapping[str, str]) -> dict[str, "array[float] | array[int]"]:
-    return {name: array(_TYPES[kind]) for name, kind in kinds.items()}
-
-
-def _arrays(columns: Mapping[str, "array[float] | array[int]"]) -> Table:
-    return {name: np.array(column) for name, column in columns.items()}
+def _table(kinds: Mapping[str, str], flat: "array[float]", replica: int | None = None) -> Table:
+    """Columns of rows that were appended one after another."""
+    names = [name for name in kinds if name != "replica"]
+    rows = np.array(flat).reshape(-1, len(names))
+    table: Table = {}
+    if replica is not None:
+        table["replica"] = np.full(len(rows), replica, np.int64)
+    for index, name in enumerate(names):
+        column = rows[:, index]
+        table[name] = column.copy() if kinds[name] == "f" else column.astype(np.int64)
+    return table

@@ -1,3 +1,4 @@
+# pyright: basic
 """What a run gives back: traces, figures with intervals, and where they come from."""
 
 from __future__ import annotations

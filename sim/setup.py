@@ -49,10 +49,11 @@ def prepare(scenario: Scenario) -> Setup:
         num_blocks = fitting
     if room < 0 or num_blocks > fitting or num_blocks < 1:
         need = weight_bytes(architecture, dtype.num_bytes)
+        blocks = max(num_blocks, 1)
         raise ValueError(
             f"model {architecture.name} in {dtype.value} needs {human_bytes(need)} for weights and "
-            f"{human_bytes(max(num_blocks, 1) * kv_bytes * engine.block_size)} for "
-            f"{max(num_blocks, 1)} KV blocks; {device.name} has {human_bytes(device.memory_bytes)}, of which "
+            f"{human_bytes(blocks * kv_bytes * engine.block_size)} for {blocks} KV blocks; "
+            f"{device.name} has {human_bytes(device.memory_bytes)}, of which "
             f"engine.memory_utilization={engine.memory_utilization} and the activations leave "
             f"{human_bytes(room)} for KV; take a larger GPU, a smaller dtype or fewer blocks"
         )

@@ -20,7 +20,7 @@ def summarise(scenario: Scenario, setup: Setup, trace: Trace) -> dict[str, float
     times = metrics.request_times(trace)
     overloaded = metrics.is_overloaded(times)
     window = metrics.steady_window(times, scenario.warm_up, scenario.drain)
-    counted = RequestTimes(*[column[window] for column in times])
+    counted = RequestTimes._make(column[window] for column in times)
     duration_s = float(trace.iterations["end_s"][-1] - times.arrival_s.min())
     figures: dict[str, float] = {
         "num_requests": len(times.request),

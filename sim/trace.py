@@ -1,17 +1,16 @@
+# pyright: reportMissingTypeStubs=false
 """What happened: four tables of one schema, written by both panels.
 
 `spans` (resource, operation, start_s, end_s, flops, bytes, request), `requests`, `iterations` and
-`decisions`. Token times are never stored: a request keeps runs (iteration of its first token, tokens
-that followed), and the times are looked up in the iterations.
+`decisions`. Token times are never stored: a request keeps runs (iteration of its first token,
+tokens that followed), and the times are looked up in the iterations.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +33,8 @@ class State(IntEnum):
     finished = 4
 
 
-Array = NDArray[np.float64] | NDArray[np.int64]
+Array = NDArray[Any]
+"""float64 for seconds, FLOPs and bytes; int64 for everything else."""
 Table = dict[str, Array]
 
 ITERATIONS = {"replica": "i", "start_s": "f", "end_s": "f", "kind": "i"}
@@ -102,86 +102,17 @@ class Trace:
         """Decisions, repeats counted."""
         return int(self.decisions["repeat"].sum())
 
-    def frame(self, table: str) -> pd.DataFrame:
-        """One table as a pandas frame, lists as columns of lists.
+    def frame(self, table: str) -> "pd.DataFrame":
+        """One table as a pandas frame; see `trace_files.trace_frame`."""
+        from sim.trace_files import trace_frame
 
-        Args:
-            table: iterations, requests, events, runs, decisions or spans.
-        """
-        import pandas as pd
-
-        if table not in ("iterations", "requests", "events", "runs", "decisions", "spans"):
-            raise ValueError(
-                f"table={table!r} is not in a trace; "
-                "take iterations, requests, events, runs, decisions or spans"
-            )
-        columns: dict[str, object] = dict(getattr(self, table))
-        if table == "decisions":
-            for name, ragged in self.decision_lists.items():
-                columns[name] = np.split(ragged.values, ragged.offsets[1:-1]) or []
-        if table == "spans":
-            columns = {**self.span_names, **columns}
-        return pd.DataFrame(columns)
+        return trace_frame(self, table)
 
     def save(self, folder: Path) -> None:
-        """Write every table as Parquet into a folder, which is made."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        """Write every table as Parquet into a folder, which is made; `load_trace` reads it."""
+        from sim.trace_files import save_trace
 
-        folder.mkdir(parents=True, exist_ok=True)
-        stamp = {b"diptych_trace_schema": str(SCHEMA_VERSION).encode()}
-        for name in ("iterations", "requests", "events", "runs", "decisions", "spans"):
-            columns = {key: pa.array(value) for key, value in getattr(self, name).items()}
-            if name == "decisions":
-                for key, ragged in self.decision_lists.items():
-                    columns[key] = pa.LargeListArray.from_arrays(ragged.offsets, ragged.values)
-            if name == "spans":
-                columns |= {key: pa.array(v, pa.string()) for key, v in self.span_names.items()}
-            table = pa.table(columns).replace_schema_metadata(stamp)
-            pq.write_table(table, folder / f"{name}.parquet")
-
-
-def load_trace(folder: Path) -> Trace:
-    """Read a trace that `Trace.save` wrote.
-
-    Raises:
-        ValueError: a table is missing, unreadable, or of another schema version.
-    """
-    tables: dict[str, Table] = {}
-    lists: dict[str, Ragged] = {}
-    names: dict[str, list[str]] = {}
-    for name in ("iterations", "requests", "events", "runs", "decisions", "spans"):
-        table = _read_table(folder / f"{name}.parquet")
-        tables[name] = {}
-        for key in table.column_names:
-            column = table.column(key).combine_chunks()
-            if key in RAGGED:
-                lists[key] = Ragged(
-                    column.offsets.to_numpy().astype(np.int64), column.values.to_numpy()
-                )
-            elif key in SPAN_NAMES:
-                names[key] = column.to_pylist()
-            else:
-                tables[name][key] = column.to_numpy()
-    return Trace(**tables, decision_lists=lists, span_names=names)
-
-
-def _read_table(path: Path):  # pyarrow has no types
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not a readable trace table ({error}); run the study again"
-        ) from error
-    version = (table.schema.metadata or {}).get(b"diptych_trace_schema", b"none").decode()
-    if version != str(SCHEMA_VERSION):
-        raise ValueError(
-            f"{path} has trace schema {version}, this release reads {SCHEMA_VERSION}; "
-            "run the study again"
-        )
-    return table
+        save_trace(self, folder)
 
 
 def empty(columns: Mapping[str, str]) -> Table:

@@ -1,4 +1,4 @@
-"""How much work a trace's iterations were: FLOPs and KV bytes, from shapes that its decisions hold."""
+"""How much work a trace's iterations were: FLOPs and KV bytes, from its decisions' shapes."""
 
 from typing import NamedTuple
 

@@ -1,6 +1,5 @@
 """What a cost of a serving iteration is: seconds from the iteration's shape, without state."""
 
-from collections.abc import Sequence
 from typing import Protocol
 
 from sim.models.work import IterationShape
@@ -13,9 +12,7 @@ class IterationCost(Protocol):
         """Seconds of one iteration."""
         ...
 
-    def decode_run_s(
-        self, num_decodes: int, decode_context: int, iterations: int
-    ) -> Sequence[float]:
+    def decode_run_s(self, num_decodes: int, decode_context: int, iterations: int) -> list[float]:
         """Seconds of each of `iterations` consecutive decode-only iterations.
 
         Equal bit for bit to `iteration_s` of each: the context grows by `num_decodes` a step.

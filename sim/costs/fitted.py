@@ -34,9 +34,7 @@ class Fitted:
         fixed += shape.num_prefills * self._prefill_s + shape.num_decodes * self._decode_s
         return fixed + shape.decode_context * self._context_s
 
-    def decode_run_s(
-        self, num_decodes: int, decode_context: int, iterations: int
-    ) -> Sequence[float]:
+    def decode_run_s(self, num_decodes: int, decode_context: int, iterations: int) -> list[float]:
         """Seconds of each iteration of a decode stretch."""
         fixed = self._products_s(num_decodes, num_decodes) + num_decodes * self._decode_s
         context_s = self._context_s
@@ -44,7 +42,7 @@ class Fitted:
         contexts = range(decode_context, stop, num_decodes)
         if iterations < SHORT_RUN:
             return [fixed + context * context_s for context in contexts]
-        return fixed + np.arange(decode_context, stop, num_decodes) * context_s
+        return (fixed + np.arange(decode_context, stop, num_decodes) * context_s).tolist()
 
     def _products_s(self, tokens: int, sampled: int) -> float:
         key = (tokens, sampled)

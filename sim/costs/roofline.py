@@ -4,8 +4,6 @@ Williams, Waterman, Patterson, "Roofline" (CACM 2009). Operators run one after a
 overlaps another. An optimistic bound: real kernels reach a share of either peak.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from sim.models.architecture import Architecture
@@ -63,9 +61,7 @@ class Roofline:
             seconds += max(shape.decode_context * pair_s, moving)
         return seconds
 
-    def decode_run_s(
-        self, num_decodes: int, decode_context: int, iterations: int
-    ) -> Sequence[float]:
+    def decode_run_s(self, num_decodes: int, decode_context: int, iterations: int) -> list[float]:
         """Seconds of each iteration of a decode stretch."""
         seconds = self._linear_s(num_decodes, num_decodes)
         pair_s, token_s, context_s = self._decode
@@ -77,7 +73,7 @@ class Roofline:
                 for context in range(decode_context, stop, num_decodes)
             ]
         contexts = np.arange(decode_context, stop, num_decodes)
-        return seconds + np.maximum(contexts * pair_s, tokens_s + contexts * context_s)
+        return (seconds + np.maximum(contexts * pair_s, tokens_s + contexts * context_s)).tolist()
 
     def _linear_s(self, tokens: int, sampled: int) -> float:
         """Everything but attention, which depends on these two numbers only."""

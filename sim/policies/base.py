@@ -6,7 +6,7 @@ from typing import Any
 
 
 @dataclass(kw_only=True)
-class Policy(ABC):
+class Policy(ABC):  # noqa: B024  the families below it say what is abstract
     """A pure decision. Its fields are its hyper-parameters and its Hydra schema.
 
     A method changes its `memory` argument at most. It reads no clock, file or random source, and

@@ -2,15 +2,11 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Protocol
 
-import numpy as np
-
-from sim.costs.base import IterationCost, decode_shape
+from sim.costs.base import IterationCost
 from sim.models.work import IterationShape
-
-SHORT_RUN = 12
-"""Runs up to this length accumulate faster in plain Python than in numpy; the bits are the same."""
 
 
 class Pace(Protocol):
@@ -27,13 +23,13 @@ class Pace(Protocol):
 
     def decode_run(
         self, now_s: float, num_decodes: int, decode_context: int, iterations: int
-    ) -> Sequence[float]:
+    ) -> list[float]:
         """Boundaries of up to `iterations` decode-only iterations, `now_s` first."""
         ...
 
 
 class Costed:
-    """Boundaries from a cost: `np.add.accumulate([now, *dt])`, whichever way it is computed."""
+    """Boundaries from a cost, each iteration's seconds added to the boundary before it."""
 
     start_s = 0.0
 
@@ -47,16 +43,10 @@ class Costed:
 
     def decode_run(
         self, now_s: float, num_decodes: int, decode_context: int, iterations: int
-    ) -> Sequence[float]:
+    ) -> list[float]:
         """Boundaries of `iterations` decode-only iterations, `now_s` first."""
         seconds = self._decode_run_s(num_decodes, decode_context, iterations)
-        if iterations <= SHORT_RUN:
-            boundaries = [now_s]
-            for duration_s in seconds:
-                now_s += duration_s
-                boundaries.append(now_s)
-            return boundaries
-        return np.add.accumulate(np.concatenate(((now_s,), seconds))).tolist()
+        return list(accumulate(seconds, initial=now_s))
 
 
 class Replayed:
@@ -74,7 +64,7 @@ class Replayed:
 
     def decode_run(
         self, now_s: float, num_decodes: int, decode_context: int, iterations: int
-    ) -> Sequence[float]:
+    ) -> list[float]:
         """From this decision to the next logged one: replay goes one by one."""
         del num_decodes, decode_context, iterations
         return [now_s, self._after(now_s)]
@@ -83,6 +73,3 @@ class Replayed:
         index = bisect_right(self._boundaries, now_s)
         # Past the log the panels have parted; the count of decisions will say so.
         return self._boundaries[index] if index < len(self._boundaries) else now_s + 1.0
-
-
-__all__ = ["Costed", "Pace", "Replayed", "decode_shape"]

@@ -4,19 +4,17 @@ from bisect import bisect_left
 from collections.abc import Callable, Generator
 from typing import Any
 
-from simpy import Interrupt
 from simpy.events import Event
 
 from sim.engine import ReplicaLimits
 from sim.models.work import IterationShape
-from sim.policies.batching.base import DECODE as DECODE_ALL
-from sim.policies.batching.base import ONE_BY_ONE, Batch, Batching, Wake
+from sim.policies.batching.base import DECODE, ONE_BY_ONE, Batch, Batching, Wake
 from sim.processes.exact_time import ExactEnvironment
 from sim.processes.pace import Pace
 from sim.recorder import Recorder
 from sim.requests import Request
 from sim.state.replica_state import ReplicaState, Seat
-from sim.trace import DECODE, PREFILL, State, Trace
+from sim.trace import State, Trace
 from sim.workload.source import Source
 
 Finished = Callable[[int, float], None]
@@ -45,8 +43,10 @@ class Replica:
         self.recorder = Recorder()
         self._memory = batching.init()
         self._idle: Event | None = None
-        self._boundaries: list[float] | None = None
-        """Boundaries of the run under way when an arrival may cut it."""
+        self._timer: Event | None = None
+        """The end of the decode stretch under way, if an arrival may cut it short."""
+        self._boundaries: list[float] = []
+        """The boundaries of that stretch, its start first."""
         self._joined: list[int] = []
         self._left: list[int] = []
         self.process = environment.process(self.serve())
@@ -58,11 +58,14 @@ class Replica:
         if self._idle is not None:
             self._idle.succeed()
             self._idle = None
-        elif self._boundaries is not None:
+        elif self._timer is not None:
             boundaries, now = self._boundaries, self.environment.now
-            self._boundaries = None
             if now <= boundaries[-2]:
-                self.process.interrupt(bisect_left(boundaries, now, 1))
+                count = bisect_left(boundaries, now, 1)
+                self.environment.advance(self._timer, boundaries[count])
+                del boundaries[count + 1 :]
+                self.recorder.repeat(count)
+            self._timer = None
 
     def serve(self) -> Generator[Event, Any, None]:
         """The main loop, from one decision to the next."""
@@ -77,17 +80,10 @@ class Replica:
                 yield environment.boundary(self._iterate(batch))
                 self._complete(batch.prefill)
             elif batch.decode and state.num_decoding:
-                boundaries = self._stretch()
-                count = len(boundaries) - 1
-                try:
-                    yield environment.boundary(boundaries[-1])
-                except Interrupt as cut:
-                    count = cut.cause
-                    yield environment.boundary(boundaries[count])
-                    self.recorder.repeat(count)
-                self._boundaries = None
-                self.recorder.iterations(boundaries[: count + 1], DECODE)
-                state.decode(count)
+                yield self._stretch()
+                self._timer = None
+                self.recorder.passed(self._boundaries)
+                state.decode(len(self._boundaries) - 1)
                 self._complete(())
             else:
                 yield self._sleep()
@@ -111,17 +107,15 @@ class Replica:
             raise ValueError(self._complaint(f"{batch} moves requests but computes nothing"))
         boundaries = self.pace.iteration(now, shape)
         self._log(1, before, shape, batch)
-        self.recorder.iterations(
-            boundaries, (PREFILL if shape.prefill_tokens else 0) | (DECODE if decodes else 0)
-        )
+        self.recorder.passed(boundaries)
         if decodes:
             state.decode(1)
         if state.free_blocks < 0 or state.num_running > state.limits.max_num_seqs:
             raise ValueError(self._complaint(f"{batch} takes more blocks or seats than there are"))
         return boundaries[1]
 
-    def _stretch(self) -> list[float]:
-        """Boundaries of as many decode iterations as surely pass before the next decision."""
+    def _stretch(self) -> Event:
+        """Begin as many decode iterations as may pass before the next decision; their end."""
         state = self.state
         if self.one_by_one:
             standing, count = ONE_BY_ONE, state.steps_in_memory(1)
@@ -134,10 +128,11 @@ class Replica:
         context = state.context_tokens
         read = state.decode_context + decodes
         before = (state.free_blocks, len(state.waiting), context)
-        self._log(count, before, IterationShape(0, 0, 0, 0, decodes, read, decodes), DECODE_ALL)
-        boundaries = self.pace.decode_run(self.environment.now, decodes, read, count)
-        self._boundaries = boundaries if count > 1 and Wake.arrival in standing.wake_on else None
-        return boundaries
+        self._log(count, before, IterationShape(0, 0, 0, 0, decodes, read, decodes), DECODE)
+        self._boundaries = self.pace.decode_run(self.environment.now, decodes, read, count)
+        timer = self.environment.boundary(self._boundaries[-1])
+        self._timer = timer if count > 1 and Wake.arrival in standing.wake_on else None
+        return timer
 
     def _complete(self, chunks: tuple[tuple[int, int], ...]) -> None:
         """An iteration has passed: completed prompts begin to decode, finished requests leave."""

@@ -83,7 +83,10 @@ class ReplicaState:
     @property
     def context_tokens(self) -> int:
         """Tokens whose KV is stored, in sum."""
-        return self.decode_context + sum([seat.context for seat in self._prefilling.values()])
+        decoding = self._offset_sum + self.num_decoding * self.steps
+        if not self._prefilling:
+            return decoding
+        return decoding + sum([seat.context for seat in self._prefilling.values()])
 
     def running(self) -> list[RunningView]:
         """All running requests in order of admission."""

@@ -88,9 +88,11 @@ class Standing(NamedTuple):
 
 
 EVERY_WAKE = frozenset(Wake)
-UNTIL_FREED = frozenset({Wake.completion, Wake.memory})
-ONE_BY_ONE = Standing(1, EVERY_WAKE)
 FOREVER = 1 << 62
+ONE_BY_ONE = Standing(1, EVERY_WAKE)
+UNTIL_ANY_WAKE = Standing(FOREVER, EVERY_WAKE)
+UNTIL_FREED = Standing(FOREVER, frozenset({Wake.completion, Wake.memory}))
+"""Arrivals change nothing: the decision stands until a request or a block makes room."""
 
 
 @dataclass(kw_only=True)

@@ -9,8 +9,7 @@ from typing import Any
 
 from sim.policies.batching.base import (
     DECODE,
-    EVERY_WAKE,
-    FOREVER,
+    UNTIL_ANY_WAKE,
     UNTIL_FREED,
     Batch,
     Batching,
@@ -50,7 +49,7 @@ class ChunkedPrefill(Batching):
     def steady(self, memory: Any, view: ReplicaView) -> Standing:
         """A queue whose head gets no seat or block stays blocked until something is freed."""
         del memory
-        return Standing(FOREVER, UNTIL_FREED if view.waiting else EVERY_WAKE)
+        return UNTIL_FREED if view.waiting else UNTIL_ANY_WAKE
 
     def _fill(self, view: ReplicaView, victims: tuple[int, ...]) -> Batch:
         limits = view.limits

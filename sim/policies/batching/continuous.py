@@ -9,8 +9,7 @@ from typing import Any
 
 from sim.policies.batching.base import (
     DECODE,
-    EVERY_WAKE,
-    FOREVER,
+    UNTIL_ANY_WAKE,
     UNTIL_FREED,
     Batch,
     Batching,
@@ -46,4 +45,4 @@ class Continuous(Batching):
     def steady(self, memory: Any, view: ReplicaView) -> Standing:
         """A queue whose head does not fit stays blocked until something is freed."""
         del memory
-        return Standing(FOREVER, UNTIL_FREED if view.waiting else EVERY_WAKE)
+        return UNTIL_FREED if view.waiting else UNTIL_ANY_WAKE

@@ -8,7 +8,6 @@ from typing import Any
 
 from sim.policies.batching.base import (
     DECODE,
-    FOREVER,
     UNTIL_FREED,
     Batch,
     Batching,
@@ -34,4 +33,4 @@ class Static(Batching):
     def steady(self, memory: Any, view: ReplicaView) -> Standing:
         """Arrivals change nothing in mid-batch."""
         del memory, view
-        return Standing(FOREVER, UNTIL_FREED)
+        return UNTIL_FREED
