@@ -85,7 +85,9 @@ def expand(trace: Trace) -> list[Decision]:
     for index, repeat in enumerate(rows["repeat"]):
         _update(decoding, lists, index, rows["num_decodes"][index])
         tokens = dict(decoding) if rows["num_decodes"][index] else {}
-        tokens.update(zip(lists["prefilled"].row(index), lists["prefilled_tokens"].row(index)))
+        tokens.update(
+            zip(lists["prefilled"].row(index), lists["prefilled_tokens"].row(index), strict=True)
+        )
         decision = Decision(
             rows["instant_s"][index],
             tuple(lists["admitted"].row(index)),

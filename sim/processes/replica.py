@@ -96,23 +96,31 @@ class Replica:
         """Apply and record a batch that is one iteration; returns its end."""
         state, now = self.state, self.environment.now
         before = (state.free_blocks, len(state.waiting), state.context_tokens)
+        try:
+            shape = self._apply(batch)
+        except ValueError as error:
+            raise ValueError(self._complaint(f"{batch}: {error}")) from error
+        boundaries = self.pace.iteration(now, shape)
+        self._log(1, before, shape, batch)
+        self.recorder.passed(boundaries)
+        if shape.num_decodes:
+            state.decode(1)
+        if state.free_blocks < 0 or state.num_running > state.limits.max_num_seqs:
+            raise ValueError(self._complaint(f"{batch} takes more blocks or seats than there are"))
+        return boundaries[1]
+
+    def _apply(self, batch: Batch) -> IterationShape:
+        """Move requests as the batch says; returns the work of the iteration."""
+        state, now = self.state, self.environment.now
         for seat, count in state.preempt(batch.preempt):
             self._ended(seat, count, State.preempted)
         for request_id in batch.admit:
             state.admit(request_id)
             self.recorder.event(request_id, now, State.admitted)
-        decodes = state.num_decoding if batch.decode else 0
-        shape = state.prefill(batch.prefill, decodes)
-        if not shape.prefill_tokens and not decodes:
-            raise ValueError(self._complaint(f"{batch} moves requests but computes nothing"))
-        boundaries = self.pace.iteration(now, shape)
-        self._log(1, before, shape, batch)
-        self.recorder.passed(boundaries)
-        if decodes:
-            state.decode(1)
-        if state.free_blocks < 0 or state.num_running > state.limits.max_num_seqs:
-            raise ValueError(self._complaint(f"{batch} takes more blocks or seats than there are"))
-        return boundaries[1]
+        shape = state.prefill(batch.prefill, state.num_decoding if batch.decode else 0)
+        if not shape.tokens:
+            raise ValueError("it moves requests but computes nothing")
+        return shape
 
     def _stretch(self) -> Event:
         """Begin as many decode iterations as may pass before the next decision; their end."""
@@ -128,8 +136,9 @@ class Replica:
         context = state.context_tokens
         read = state.decode_context + decodes
         before = (state.free_blocks, len(state.waiting), context)
-        self._log(count, before, IterationShape(0, 0, 0, 0, decodes, read, decodes), DECODE)
         self._boundaries = self.pace.decode_run(self.environment.now, decodes, read, count)
+        count = len(self._boundaries) - 1
+        self._log(count, before, IterationShape(0, 0, 0, 0, decodes, read, decodes), DECODE)
         timer = self.environment.boundary(self._boundaries[-1])
         self._timer = timer if count > 1 and Wake.arrival in standing.wake_on else None
         return timer

@@ -113,7 +113,9 @@ class ReplicaState:
         """Drop the KV of running requests and queue them first; returns seats and decode counts."""
         dropped: list[tuple[Seat, int]] = []
         for request_id in reversed(request_ids):
-            seat = self._seats[request_id]
+            seat = self._seats.get(request_id)
+            if seat is None:
+                raise ValueError(f"request {request_id} is pre-empted and does not run")
             before = seat.request.output_tokens - seat.tokens_left
             count = self.steps - seat.joined if seat.joined >= 0 else 0
             generated = before + (1 + count if seat.joined >= 0 else 0)
@@ -125,8 +127,15 @@ class ReplicaState:
     def prefill(self, chunks: tuple[tuple[int, int], ...], num_decodes: int) -> IterationShape:
         """Store the KV of prompt chunks; returns the shape of an iteration with so many decodes."""
         total = pairs = context = completed = 0
+        if len(dict(chunks)) < len(chunks):
+            raise ValueError("a request is to prefill two chunks at once")
         for request_id, tokens in chunks:
-            seat = self._prefilling[request_id]
+            seat = self._prefilling.get(request_id)
+            left = seat.prefill_left if seat is not None else 0
+            if seat is None or not 0 < tokens <= left:
+                raise ValueError(
+                    f"request {request_id} is to prefill {tokens} tokens and has {left} left"
+                )
             before = seat.context
             after = before + tokens
             self.free_blocks -= self.limits.blocks_for(after) - self.limits.blocks_for(before)
@@ -218,11 +227,11 @@ class ReplicaState:
         seat.joined = -1  # its entry in the heap is void from now on
 
     def _take(self, request_id: int) -> RequestView:
-        head = self.waiting[0]
-        if head.request_id == request_id:
-            return self.waiting.popleft()
-        for request in self.waiting:
+        waiting = self.waiting
+        if waiting and waiting[0].request_id == request_id:
+            return waiting.popleft()
+        for request in waiting:
             if request.request_id == request_id:
-                self.waiting.remove(request)
+                waiting.remove(request)
                 return request
-        raise ValueError(f"the batch admits request {request_id}, which does not wait")
+        raise ValueError(f"request {request_id} is admitted and does not wait")
