@@ -21,6 +21,7 @@ class Recorder:
         self._requests = array("d")
         self._events = array("d")
         self._runs = array("d")
+        self._answered: dict[int, int] = {}
         self._decisions: array[float] = array("d")
         """Rows of `DECISIONS` after `replica`, one after another: one `extend` a decision."""
         self._num_decisions = 0
@@ -40,6 +41,10 @@ class Recorder:
             (request.request_id, request.arrival_s, request.prompt_tokens, request.output_tokens,
              request.max_output_tokens)
         )  # fmt: skip
+
+    def answered(self, request_id: int, output_tokens: int) -> None:
+        """An answer ended with so many tokens, whatever its forced length was."""
+        self._answered[request_id] = output_tokens
 
     def event(self, request_id: int, instant_s: float, state: State) -> None:
         """A request changed its state."""
@@ -103,7 +108,7 @@ class Recorder:
         decisions = _table(schema.DECISIONS, self._decisions, self.replica)
         return Trace(
             iterations=self._iterations(decisions),
-            requests=_table(schema.REQUESTS, self._requests),
+            requests=self._request_table(),
             events=_table(schema.EVENTS, self._events),
             runs=_table(schema.RUNS, self._runs),
             decisions=decisions,
@@ -111,6 +116,15 @@ class Recorder:
             spans=_table(schema.SPANS, self._spans),
             span_names=self._span_names,
         )
+
+    def _request_table(self) -> Table:
+        table = _table(schema.REQUESTS, self._requests)
+        forced = zip(table["request"].tolist(), table["output_tokens"].tolist(), strict=True)
+        if self._answered:
+            table["output_tokens"] = np.array(
+                [self._answered.get(request, tokens) for request, tokens in forced], np.int64
+            )
+        return table
 
     def _iterations(self, decisions: Table) -> Table:
         """Start and kind of every iteration follow from the decision that it belongs to."""

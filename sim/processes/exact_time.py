@@ -7,7 +7,7 @@ iterations are compared with arrivals for equality of order, so they must be hit
 from heapq import heappush
 
 import simpy
-from simpy.events import NORMAL, URGENT, Event
+from simpy.events import NORMAL, URGENT, Event, EventPriority
 
 
 class ExactEnvironment(simpy.Environment):
@@ -27,10 +27,10 @@ class ExactEnvironment(simpy.Environment):
         earlier.callbacks, boundary.callbacks = boundary.callbacks, []  # pyright: ignore[reportUnknownMemberType]
         return earlier
 
-    def _at(self, instant_s: float, priority: int) -> Event:
+    def _at(self, instant_s: float, priority: EventPriority) -> Event:
         if instant_s < self._now:
             raise ValueError(f"instant_s={instant_s} lies before now={self._now}")
-        event = Instant(self)
+        event: Event = Instant(self)
         heappush(self._queue, (instant_s, priority, next(self._eid), event))
         return event
 

@@ -1,0 +1,239 @@
+"""One replica for real: the same policy, a real model, a paged KV cache, and a real clock.
+
+The twin of `sim/processes/replica.py`. What it shows to the policy and writes into the trace comes
+from its own tensors: free blocks from the owners of blocks, contexts from the slots written.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from backends.arrivals import Arrivals, sleep_until
+from backends.forward_batch import Chunk, ForwardBatch
+from backends.kv_cache import PagedKVCache
+from backends.observed import ObservedView, Sequence
+from backends.sampling import Sampler
+from backends.transformer import Transformer
+from sim.engine import ReplicaLimits
+from sim.models.work import IterationShape
+from sim.policies.batching.base import Batch, Batching
+from sim.recorder import Recorder
+from sim.requests import Request, RequestView, RunningView
+from sim.trace import State, Trace
+from sim.workload.source import Source
+
+Prompts = Callable[[Request], list[int]]
+"""The token ids of a request's prompt."""
+
+
+class Replica:
+    """A serving engine on one device: one batched forward an iteration."""
+
+    def __init__(  # noqa: PLR0913  what an engine is made of
+        self,
+        *,
+        model: Transformer,
+        cache: PagedKVCache,
+        batching: Batching,
+        limits: ReplicaLimits,
+        prompts: Prompts,
+        sampler: Sampler,
+        stop_token: int | None = None,
+    ) -> None:
+        """Put an engine together.
+
+        Args:
+            model: computes logits.
+            cache: holds the KV in the blocks of `limits`.
+            batching: decides every iteration.
+            limits: of the engine.
+            prompts: gives the token ids of a request's prompt.
+            sampler: turns logits into tokens; draws depend on seed, request and position only.
+            stop_token: ends an answer before its forced length; None forces the length.
+        """
+        self.model = model
+        self.cache = cache
+        self.batching = batching
+        self.limits = limits
+        self.prompts = prompts
+        self.sampler = sampler
+        self.stop_token = stop_token
+        self.recorder = Recorder()
+        self.waiting: deque[RequestView] = deque()
+        self.answers: dict[int, list[int]] = {}
+        """Token ids of every finished answer."""
+        self._memory = batching.init()
+        self._known: dict[int, Sequence] = {}
+        self._seated: dict[int, Sequence] = {}
+        self._decoding: list[int] = []
+        """Requests that decode, as the last decision was told."""
+
+    def serve(self, source: Source) -> Trace:
+        """Serve all requests of a source at their arrival times; t = 0 is the call.
+
+        Raises:
+            ValueError: the policy schedules nothing although no request will come any more.
+        """
+        arrivals = Arrivals(source)
+        start = time.perf_counter()
+        while True:
+            now_s = time.perf_counter() - start
+            for request in arrivals.until(now_s):
+                self.submit(request)
+            busy = (self.waiting or self._seated) and self.step(now_s, start, arrivals)
+            if busy:
+                continue
+            if arrivals.next_s is not None:
+                sleep_until(start + arrivals.next_s)
+            elif self.waiting or self._seated:
+                name = type(self.batching).__name__
+                raise ValueError(
+                    f"policy {name} left {len(self.waiting) + len(self._seated)} requests unserved "
+                    "and waits for arrivals that never come; mend the policy"
+                )
+            else:
+                return self.recorder.trace()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request that has arrived."""
+        self.recorder.arrived(request)
+        self._known[request.request_id] = Sequence(request, list(self.prompts(request)))
+        self.waiting.append(request.view())
+
+    def step(self, now_s: float, start: float, arrivals: Arrivals) -> bool:
+        """One decision and its iteration; False when the policy schedules nothing.
+
+        Args:
+            now_s: instant of the decision; every request that arrived by then is queued.
+            start: the clock's reading at t = 0.
+            arrivals: told of finished requests, whose clients may issue the next.
+        """
+        view = self.observe()
+        context_tokens = self.cache.cached_tokens
+        waiting = len(self.waiting)
+        batch = self.batching.next_batch(self._memory, view)
+        if not (batch.prefill or batch.preempt or batch.admit) and not (
+            batch.decode and view.num_decoding
+        ):
+            return False
+        self._seat(batch, now_s)
+        chunks, shape = self._chunks(batch)
+        before = (view.free_blocks, waiting, context_tokens)
+        self._log(now_s, before, shape, batch)
+        tokens = self._compute(chunks)
+        end_s = time.perf_counter() - start
+        self.recorder.passed((now_s, end_s))
+        for request_id in self._append(chunks, tokens, end_s):
+            arrivals.answered(request_id, end_s)
+        return True
+
+    def observe(self) -> ObservedView:
+        """What the tensors show now."""
+        cache = self.cache
+        seats = [
+            RunningView(
+                request_id,
+                cache.stored_tokens(request_id) if sequence.computed else 0,
+                sequence.prefill_left,
+            )
+            for request_id, sequence in self._seated.items()
+        ]
+        return ObservedView(self.limits, self.waiting, cache.free_blocks, seats)
+
+    def _seat(self, batch: Batch, now_s: float) -> None:
+        """Pre-empt, then admit."""
+        for request_id in reversed(batch.preempt):
+            sequence = self._seated.pop(request_id)
+            self._end_stay(sequence, State.preempted, now_s)
+            self.waiting.appendleft(sequence.request.view(sequence.generated))
+        for request_id in batch.admit:
+            waiting = next(view for view in self.waiting if view.request_id == request_id)
+            self.waiting.remove(waiting)
+            sequence = self._known[request_id]
+            sequence.begin_stay()
+            self._seated[request_id] = sequence
+            self.recorder.event(request_id, now_s, State.admitted)
+
+    def _chunks(self, batch: Batch) -> tuple[list[Chunk], IterationShape]:
+        """The tokens to compute, with room made for their KV; decodes first."""
+        chunks: list[Chunk] = []
+        if batch.decode:
+            for request_id, sequence in self._seated.items():
+                if not sequence.prefill_left:
+                    last = len(sequence.tokens) - 1
+                    chunks.append(Chunk(request_id, sequence.tokens[last:], last))
+        contexts = [chunk.start + 1 for chunk in chunks]
+        prefills: list[tuple[int, int]] = []
+        for request_id, count in batch.prefill:
+            sequence = self._seated[request_id]
+            start = sequence.computed
+            ids = sequence.tokens[start : start + count]
+            chunks.append(Chunk(request_id, ids, start, count == sequence.prefill_left))
+            prefills.append((count, start))
+        for chunk in chunks:
+            self.cache.allocate(chunk.request_id, chunk.start + len(chunk.token_ids))
+        sampled = sum(chunk.sample for chunk in chunks)
+        return chunks, IterationShape.of(prefills, contexts, sampled)
+
+    def _compute(self, chunks: list[Chunk]) -> list[int]:
+        """One forward pass; the next token of every chunk that wants one, in order."""
+        batch = ForwardBatch.build(self.cache, chunks)
+        logits = self.model.forward(batch, self.cache)
+        sampled = [chunk for chunk in chunks if chunk.sample]
+        if not sampled:
+            return []
+        ids = [chunk.request_id for chunk in sampled]
+        positions = [chunk.start + len(chunk.token_ids) for chunk in sampled]
+        return self.sampler(logits, ids, positions)
+
+    def _append(self, chunks: list[Chunk], tokens: list[int], end_s: float) -> list[int]:
+        """Hand out the tokens; returns the requests that have their last one."""
+        iteration = self.recorder.num_iterations - 1
+        following = iter(tokens)
+        finished: list[int] = []
+        for chunk in chunks:
+            sequence = self._seated[chunk.request_id]
+            decoded = not sequence.prefill_left
+            sequence.computed += len(chunk.token_ids)
+            if not chunk.sample:
+                continue
+            token = next(following)
+            sequence.tokens.append(token)
+            if decoded:
+                sequence.decodes += 1
+            else:
+                sequence.first_iteration = iteration
+                self.recorder.event(chunk.request_id, end_s, State.decoding)
+            ends = sequence.generated == sequence.request.output_tokens
+            if ends or token == self.stop_token:
+                finished.append(chunk.request_id)
+        for request_id in finished:
+            self._finish(request_id, end_s)
+        return finished
+
+    def _finish(self, request_id: int, end_s: float) -> None:
+        sequence = self._seated.pop(request_id)
+        del self._known[request_id]
+        self._end_stay(sequence, State.finished, end_s)
+        self.answers[request_id] = sequence.tokens[sequence.request.prompt_tokens :]
+        self.recorder.answered(request_id, sequence.generated)
+
+    def _end_stay(self, sequence: Sequence, state: State, now_s: float) -> None:
+        request_id = sequence.request.request_id
+        if sequence.computed:
+            self.cache.free(request_id)
+        if sequence.first_iteration >= 0:
+            self.recorder.run(request_id, sequence.first_iteration, sequence.decodes)
+        self.recorder.event(request_id, now_s, state)
+
+    def _log(
+        self, now_s: float, before: tuple[int, int, int], shape: IterationShape, batch: Batch
+    ) -> None:
+        known = set(self._decoding)
+        decoding = [
+            request_id for request_id, sequence in self._seated.items() if not sequence.prefill_left
+        ]
+        joined = [request_id for request_id in decoding if request_id not in known]
+        left = [request_id for request_id in self._decoding if request_id not in set(decoding)]
+        self._decoding = decoding
+        self.recorder.decision(now_s, 1, before, shape, batch, joined, left)
