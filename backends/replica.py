@@ -8,6 +8,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+import torch
+
 from backends.arrivals import Arrivals, sleep_until
 from backends.forward_batch import Chunk, ForwardBatch
 from backends.kv_cache import PagedKVCache
@@ -99,6 +101,15 @@ class Replica:
         self.recorder.arrived(request)
         self._known[request.request_id] = Sequence(request, list(self.prompts(request)))
         self.waiting.append(request.view())
+
+    def seat(self, sequence: Sequence) -> None:
+        """Take over a request whose first `computed` tokens have their KV here already."""
+        request_id = sequence.request.request_id
+        self._known[request_id] = self._seated[request_id] = sequence
+        self.cache.allocate(request_id, sequence.computed)
+        if sequence.computed:
+            slots = self.cache.slots(request_id, 0, sequence.computed)
+            self.cache.begin_write(torch.tensor(slots))
 
     def step(self, now_s: float, start: float, arrivals: Arrivals) -> bool:
         """One decision and its iteration; False when the policy schedules nothing.

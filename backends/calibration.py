@@ -1,0 +1,127 @@
+"""Times iterations of the real replica batch by batch, through the loop that serves requests."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from backends.arrivals import Arrivals
+from backends.kv_cache import PagedKVCache
+from backends.observed import Sequence as Stay
+from backends.replica import Replica
+from backends.sampling import Sampler
+from backends.tokenizer import prompt_token_ids
+from backends.transformer import Transformer
+from sim.costs.calibration_plan import BatchPlan
+from sim.costs.fitting import Measured
+from sim.engine import ReplicaLimits
+from sim.policies.batching.base import Batch, Batching, ReplicaView
+from sim.provenance import processor
+from sim.requests import Request
+from sim.workload.recorded import Recorded
+from sim.workload.source import Source
+
+BLOCK_SIZE = 16
+NEVER_ENDS = 1 << 20
+"""Output tokens of a request whose iteration is timed: it must not finish."""
+
+Advance = Callable[[], None]
+
+
+@dataclass(kw_only=True)
+class Scripted(Batching):
+    """Returns one given batch: what to time is not decided but asked for."""
+
+    batch: Batch
+
+    def next_batch(self, memory: Any, view: ReplicaView) -> Batch:
+        """The batch that was asked for."""
+        del memory, view
+        return self.batch
+
+
+def measure(
+    model: Transformer, plans: Sequence[BatchPlan], repeats: int, advance: Advance
+) -> list[Measured]:
+    """The median seconds of each batch, decision and bookkeeping included.
+
+    All batches are timed once before any is timed again, so that a slow minute of a shared machine
+    spreads over all of them.
+
+    Args:
+        model: what the replica runs.
+        plans: the batches.
+        repeats: how often each is timed, after one pass that warms up.
+        advance: called after each timing.
+    """
+    seconds: list[list[float]] = [[] for _ in plans]
+    for repeat in range(repeats + 1):
+        for plan, taken in zip(plans, seconds, strict=True):
+            once_s = time_batch(model, plan)
+            if repeat:
+                taken.append(once_s)
+            advance()
+    return [
+        Measured(plan.shape, statistics.median(taken))
+        for plan, taken in zip(plans, seconds, strict=True)
+    ]
+
+
+def time_batch(model: Transformer, plan: BatchPlan) -> float:
+    """Seconds of one iteration of a fresh replica that computes exactly this batch."""
+    stays = _stays(model, plan)
+    chunks = tuple((index, tokens) for index, (tokens, _) in enumerate(plan.chunks))
+    batch = Batch(prefill=chunks, decode=bool(plan.contexts))
+    tokens = [len(stay.tokens) + 1 for stay in stays]
+    num_blocks = sum(-(-count // BLOCK_SIZE) for count in tokens)
+    limits = ReplicaLimits(len(stays), sum(tokens), BLOCK_SIZE, num_blocks)
+    replica = Replica(
+        model=model,
+        cache=PagedKVCache(model.config, num_blocks, BLOCK_SIZE, model.device, model.dtype),
+        batching=Scripted(batch=batch),
+        limits=limits,
+        prompts=lambda _: [],
+        sampler=Sampler(),
+    )
+    for stay in stays:
+        replica.seat(stay)
+    idle = Arrivals(Source(Recorded(arrival_s=[0.0], prompt_tokens=[1], output_tokens=[1]), 0, 2))
+    synchronise(model.device)
+    start = time.perf_counter()
+    replica.step(0.0, start, idle)
+    return time.perf_counter() - start
+
+
+def _stays(model: Transformer, plan: BatchPlan) -> list[Stay]:
+    """Requests in the state in which the batch finds them, chunks first."""
+    wanted = [(before + tokens, before) for tokens, before in plan.chunks]
+    wanted += [(context, context - 1) for context in plan.contexts]
+    vocabulary = model.config.vocab_size
+    stays: list[Stay] = []
+    for index, (tokens, computed) in enumerate(wanted):
+        decodes = index >= len(plan.chunks)
+        stays.append(
+            Stay(
+                request=Request(index, 0.0, tokens - decodes, NEVER_ENDS, NEVER_ENDS),
+                tokens=prompt_token_ids(0, index, tokens, vocabulary),
+                computed=computed,
+                prefill_target=tokens - decodes,
+            )
+        )
+    return stays
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a device that works on its own."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def fingerprint(device: str) -> str:
+    """What must be the same for a calibration to hold: processor or GPU, system, device."""
+    name = torch.cuda.get_device_name() if device == "cuda" else processor()
+    return f"{name} | {platform.system()} {platform.machine()} | {device}"
