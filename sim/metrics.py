@@ -5,7 +5,7 @@ between two tokens of a request. Goodput = requests a second that met their SLO.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -125,8 +125,16 @@ class WeightedGaps(NamedTuple):
         return float((self.gap_s * self.weight).sum() / total) if total else float("nan")
 
 
-def inter_token_gaps(trace: Trace) -> WeightedGaps:
-    """Every ITL of every request, without listing the tokens: a gap is shared by a whole batch."""
+def inter_token_gaps(trace: Trace, requests: Ints | None = None) -> WeightedGaps:
+    """Every ITL, without listing the tokens: a gap is shared by a whole batch.
+
+    Args:
+        trace: of one replica.
+        requests: ids of the requests that count; None: all.
+    """
+    if requests is not None:
+        mine = np.isin(trace.runs["request"], requests)
+        trace = replace(trace, runs={name: column[mine] for name, column in trace.runs.items()})
     end_s = trace.iterations["end_s"]
     decoding = np.flatnonzero(trace.iterations["kind"] & DECODE)
     first, count = trace.runs["first_iteration"], trace.runs["count"]

@@ -48,7 +48,7 @@ def latencies(trace: Trace, times: RequestTimes, *, steady: bool = True) -> dict
         figures[f"{name}_mean_s"] = float(known.mean()) if len(known) else float("nan")
         for q in PERCENTILES:
             figures[f"{name}_p{q}_s"] = float(np.percentile(known, q)) if len(known) else np.nan
-    gaps = metrics.inter_token_gaps(trace)
+    gaps = metrics.inter_token_gaps(trace, times.request)
     figures["itl_mean_s"] = gaps.mean()
     figures |= {f"itl_p{q}_s": gaps.percentile(q) for q in PERCENTILES}
     figures |= {
