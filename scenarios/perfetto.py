@@ -1,0 +1,112 @@
+"""A trace for ui.perfetto.dev and chrome://tracing: the JSON trace event format.
+
+Iterations are slices of the replica, requests are asynchronous slices with their phases inside,
+running and waiting requests and free KV blocks are counters. Times are microseconds there.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sim.metrics import request_times
+from sim.plot_data import KIND_NAMES, batch_sizes, counts
+from sim.trace import Trace
+
+Event = dict[str, Any]
+
+REPLICAS, REQUESTS = 1, 2
+"""Process ids: groups of tracks."""
+
+
+def write(trace: Trace, path: Path) -> Path:
+    """Write a trace as one JSON file, which is replaced."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
+        separator = ""
+        for event in events(trace):
+            file.write(separator + json.dumps(event, separators=(",", ":")))
+            separator = ",\n"
+        file.write("\n]}\n")
+    return path
+
+
+def events(trace: Trace) -> Iterator[Event]:
+    """All events: names of tracks, iterations, requests, counters."""
+    yield _name(REPLICAS, 0, "process_name", "replica")
+    yield _name(REPLICAS, 1, "thread_name", "iterations")
+    yield _name(REQUESTS, 0, "process_name", "requests")
+    yield from _iterations(trace)
+    yield from _spans(trace)
+    yield from _requests(trace)
+    yield from _counters(trace)
+
+
+def _name(process: int, thread: int, what: str, name: str) -> Event:
+    return {"ph": "M", "pid": process, "tid": thread, "name": what, "args": {"name": name}}
+
+
+def _iterations(trace: Trace) -> Iterator[Event]:
+    columns = trace.iterations
+    rows = zip(
+        columns["start_s"].tolist(), columns["end_s"].tolist(), columns["kind"].tolist(),
+        batch_sizes(trace).tolist(), strict=True,
+    )  # fmt: skip
+    for start_s, end_s, kind, size in rows:
+        yield _slice(REPLICAS, 1, KIND_NAMES[kind], start_s, end_s) | {"args": {"requests": size}}
+
+
+def _spans(trace: Trace) -> Iterator[Event]:
+    """Each resource of the spans is a track of its own."""
+    columns = trace.spans
+    tracks: dict[str, int] = {}
+    names = zip(trace.span_names["resource"], trace.span_names["operation"], strict=True)
+    for row, (resource, operation) in enumerate(names):
+        if resource not in tracks:
+            tracks[resource] = len(tracks) + 2
+            yield _name(REPLICAS, tracks[resource], "thread_name", resource)
+        start_s, end_s = float(columns["start_s"][row]), float(columns["end_s"][row])
+        args = {"bytes": float(columns["bytes"][row]), "flops": float(columns["flops"][row])}
+        yield _slice(REPLICAS, tracks[resource], operation, start_s, end_s) | {"args": args}
+
+
+def _requests(trace: Trace) -> Iterator[Event]:
+    times = request_times(trace)
+    rows = zip(*(column.tolist() for column in times), strict=True)
+    for request, arrival_s, scheduled_s, first_s, last_s, tokens, preempted in rows:
+        args = {"output_tokens": tokens, "preemptions": preempted}
+        yield from _async(request, f"request {request}", arrival_s, last_s, args)
+        yield from _async(request, "queue", arrival_s, scheduled_s)
+        yield from _async(request, "prefill", scheduled_s, first_s)
+        yield from _async(request, "decode", first_s, last_s)
+
+
+def _async(
+    request: int, name: str, start_s: float, end_s: float, args: Event | None = None
+) -> Iterator[Event]:
+    common = {"pid": REQUESTS, "tid": 0, "cat": "request", "id": request, "name": name}
+    yield {"ph": "b", "ts": _us(start_s), **common, "args": args or {}}
+    yield {"ph": "e", "ts": _us(end_s), **common}
+
+
+def _counters(trace: Trace) -> Iterator[Event]:
+    for name, steps in counts(trace)._asdict().items():
+        rows = zip(steps.instant_s.tolist(), steps.value.tolist(), strict=True)
+        last: int | None = None
+        for instant_s, value in rows:
+            if value != last:
+                label = name.replace("_", " ")
+                yield {"ph": "C", "pid": REPLICAS, "tid": 0, "ts": _us(instant_s), "name": label,
+                       "args": {label: value}}  # fmt: skip
+            last = value
+
+
+def _slice(process: int, thread: int, name: str, start_s: float, end_s: float) -> Event:
+    start, end = _us(start_s), _us(end_s)
+    return {"ph": "X", "pid": process, "tid": thread, "name": name, "ts": start,
+            "dur": round(end - start, 3)}  # fmt: skip
+
+
+def _us(time_s: float) -> float:
+    """Microseconds to the nanosecond, which is what Perfetto keeps."""
+    return round(time_s * 1e6, 3)

@@ -1,0 +1,88 @@
+"""Tells Hydra what there is: the schema of a study, its groups, and where their YAML files are.
+
+A policy, a workload and an engine are their own schema; hardware parts are YAML typed by the field
+that they land in. Nothing is instantiated by name: the types say it all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import MISSING, OmegaConf
+
+from scenarios.study import Study
+from sim.engine import Engine
+from sim.models.architecture import known_architectures
+from sim.policies.registry import families, policies, workloads
+from sim.scenario import Model, Policies
+
+SCHEMA = "schema"
+"""What every study's defaults begin with."""
+
+_folders: list[Path] = []
+
+
+class DiptychSearchPath(SearchPathPlugin):
+    """Puts the user's folders and the shipped hardware on Hydra's search path."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Hydra calls it once for each composition; the first entry that has a file wins."""
+        for folder in reversed(_folders):
+            search_path.prepend(provider="diptych", path=f"file://{folder}")
+        search_path.append(provider="diptych", path="pkg://hardware_models")
+
+
+def register(folders: Sequence[Path] = ()) -> None:
+    """Make all groups known; calling it again replaces what an earlier call made known.
+
+    Args:
+        folders: the user's own, see `scenarios.folders`.
+
+    Raises:
+        ValueError: a policy or workload file does not define exactly one.
+    """
+    _folders[:] = folders
+    Plugins.instance().register(DiptychSearchPath)
+    store = ConfigStore.instance()
+    for group in ("policy", "workload", "model", "engine"):
+        store.repo.pop(group, None)
+    for family in families():
+        for name, kind in policies(family, folders).items():
+            store.store(group=f"policy/{family}", name=name, node=kind)
+    for name, kind in workloads(folders).items():
+        store.store(group="workload", name=name, node=kind)
+    for name in known_architectures():
+        store.store(group="model", name=name, node=Model(name=name))
+    store.store(group="engine", name="diptych", node=Engine)
+    store.store(name="study", node=_study())
+    store.store(name=SCHEMA, node={"defaults": defaults()})
+
+
+def defaults() -> list[Any]:
+    """One choice for every group, so that a command line can change each without a plus sign."""
+    chosen = Policies()
+    rules = [
+        {f"policy/{family}": _name_of(family, type(getattr(chosen, family)))}
+        for family in (field.name for field in fields(Policies))
+    ]
+    groups = {"model": Model().name, "engine": "diptych", "workload": "default"}
+    parts = {"node": None, "gpu": None}
+    return ["study", *({k: v} for k, v in {**groups, **parts}.items()), *rules, "_self_"]
+
+
+def _name_of(family: str, kind: type[object]) -> str:
+    return next(name for name, found in policies(family).items() if found is kind)
+
+
+def _study() -> Any:
+    """The schema, with the polymorphic fields open: a default there would refuse its siblings."""
+    node = OmegaConf.structured(Study)
+    node.workload = MISSING
+    for field in fields(Policies):
+        node.policy[field.name] = MISSING
+    return node

@@ -1,0 +1,150 @@
+"""Rows of a sweep, one file a point, and the table made of them."""
+
+import csv
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scenarios import tables
+from scenarios.saving import Figure, digest, whole_file, write_json
+
+FOLDER = "rows"
+TABLE = "sweep.csv"
+SHOWN = {
+    "throughput_requests_per_s": "requests/s", "goodput_requests_per_s": "goodput/s",
+    "slo_share": "met SLO", "ttft_p50_s": "TTFT p50", "ttft_p99_s": "TTFT p99",
+    "tpot_p50_s": "TPOT p50", "itl_p99_s": "ITL p99",
+}  # fmt: skip
+"""Figures of the printed table and their headings; the files hold all, with intervals."""
+
+Row = Mapping[str, Any]
+
+
+def choices(overrides: Sequence[str]) -> dict[str, str]:
+    """What a point chose, by key; what is the command line's own is left out."""
+    pairs = (override.lstrip("+~").partition("=") for override in overrides)
+    return {key: value for key, _, value in sorted(pairs) if key not in ("out", "resume", "save")}
+
+
+def figures(found: Mapping[str, Figure]) -> dict[str, float | None]:
+    """Means and half-widths as columns; what is not a number is null."""
+    columns: dict[str, float | None] = {}
+    for name, (mean, half) in found.items():
+        columns[name] = mean if math.isfinite(mean) else None
+        if half is not None:
+            columns[f"{name}_half"] = half if math.isfinite(half) else None
+    return columns
+
+
+def label(chosen: Mapping[str, str]) -> str:
+    """A point in words."""
+    return " ".join(f"{key}={value}" for key, value in chosen.items()) or "the study as it is"
+
+
+def slug(chosen: Mapping[str, str]) -> str:
+    """A point as a folder name: readable, and unlike that of any other point."""
+    text = re.sub(r"[^\w.=,+-]+", ".", ",".join(f"{k}={v}" for k, v in chosen.items()))
+    return f"{text[:80]}-{digest(chosen)}".lstrip("-.")
+
+
+def write(path: Path, row: Row) -> None:
+    """Write a row, complete or not at all."""
+    write_json(path, row)
+
+
+def read(root: Path) -> list[Row]:
+    """All rows of a sweep, sorted by what their points chose."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in _files(root)]
+    return sorted(found, key=_order)
+
+
+def is_done(path: Path, configuration: str) -> bool:
+    """Whether a row is there, of this very configuration and without an error."""
+    if not path.exists():
+        return False
+    row = json.loads(path.read_text(encoding="utf-8"))
+    return row["configuration"] == configuration and not row["error"]
+
+
+def write_tables(found: Sequence[Row], root: Path) -> None:
+    """Write `sweep.csv` and `sweep.parquet`: choices, error, figures; one row a point."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    keys = _union(row["choices"] for row in found)
+    names = _union(row["figures"] for row in found)
+    with whole_file(root / TABLE) as building, building.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*keys, "error", *names])
+        for row in found:
+            values = [row["figures"].get(name) for name in names]
+            chosen = [row["choices"].get(key, "") for key in keys]
+            writer.writerow(
+                [*chosen, row["error"], *("" if v is None else repr(v) for v in values)]
+            )
+    columns = {
+        key: pa.array([row["choices"].get(key) for row in found], pa.string()) for key in keys
+    }
+    columns["error"] = pa.array([row["error"] for row in found], pa.string())
+    for name in names:
+        values = [row["figures"].get(name) for row in found]
+        columns[name] = pa.array([None if v is None else float(v) for v in values], pa.float64())
+    with whole_file(root / "sweep.parquet") as building:
+        pq.write_table(pa.table(columns), building)
+
+
+def show(found: Sequence[Row]) -> None:
+    """Print what differs between points and their main figures, then what failed and why."""
+    keys = _union(row["choices"] for row in found)
+    varying = [key for key in keys if len({row["choices"].get(key) for row in found}) > 1]
+    heads = [key.split(".")[-1].removeprefix("policy/") for key in varying]
+    table = tables.grid(None, *heads, *SHOWN.values(), left=len(varying))
+    for row in found:
+        if not row["error"]:
+            chosen = [row["choices"].get(key, "") for key in varying]
+            table.add_row(*chosen, *_cells(row["figures"]))
+    out = tables.console()
+    out.print(table)
+    failed = [row for row in found if row["error"]]
+    for row in failed:
+        out.print(f"[red]failed[/] {label(row['choices'])}:", soft_wrap=True)
+        out.print(f"  {row['error']}", markup=False, soft_wrap=True)
+    if failed:
+        out.print(f"{len(failed)} of {len(found)} points failed")
+
+
+def _cells(row: Mapping[str, float | None]) -> list[str]:
+    cells: list[str] = []
+    for name in SHOWN:
+        value = row.get(name)
+        latency = name.startswith(tuple(tables.LATENCIES))
+        if value is None:
+            cells.append("overload" if latency and row.get("overloaded") else "-")
+        else:
+            text = tables.quantity(name, value)
+            cells.append(text.removesuffix(" requests/s"))
+    return cells
+
+
+def _files(root: Path) -> list[Path]:
+    return sorted((root / FOLDER).glob("[!.]*.json"))
+
+
+def _order(row: Row) -> list[tuple[str, float, str]]:
+    """Numbers among each other by size, words by alphabet."""
+    return [(key, _as_number(value), value) for key, value in sorted(row["choices"].items())]
+
+
+def _as_number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.inf
+
+
+def _union(mappings: Any) -> list[str]:
+    """Keys in order of first appearance."""
+    return list(dict.fromkeys(key for mapping in mappings for key in mapping))

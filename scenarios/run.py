@@ -1,0 +1,105 @@
+"""`diptych run`: simulate a study, print its figures, save its result."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from scenarios import tables
+from scenarios.compose import Command, compose_study, parse
+from scenarios.saving import default_folder, figures_of, kind, require_result_folder, save
+from scenarios.study import Save, Study
+from sim.api import check, run
+from sim.result import Result
+from sim.scenario import Scenario
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a study; with `-m`, every point of its sweep.
+
+    Raises:
+        ValueError: the study is refused, before anything is written.
+    """
+    command = parse(argv)
+    if command.flags:
+        return _ask_hydra(command)
+    if command.study is None:
+        from scenarios.listing import show_studies
+
+        show_studies(command.config_dir, "run")
+        return 2 if command.overrides or command.multirun else 0
+    if command.multirun:
+        from scenarios.sweep import sweep
+
+        return sweep(command)
+    study = compose_study(command.study, command.overrides, command.config_dir)
+    _run_one(command.study, study)
+    return 0
+
+
+def simulate(scenario: Scenario, *, progress: bool = True) -> Result:
+    """As `sim.api.run`, telling on a terminal which seed is at work.
+
+    Raises:
+        ValueError: the scenario cannot run; see `sim.api.check`.
+    """
+    check(scenario)
+    if not progress:
+        return run(scenario)
+    results: list[Result] = []
+    with tables.console(errors=True).status("") as status:
+        for place, seed in enumerate(scenario.seeds, 1):
+            status.update(f"{scenario.name}: seed {seed} ({place} of {len(scenario.seeds)})")
+            results.append(run(replace(scenario, seeds=[seed])))
+    return Result(
+        scenario=scenario,
+        traces=tuple(result.trace for result in results),
+        figures=tuple(result.figures[0] for result in results),
+        provenance=results[0].provenance,
+        cost_shares=_mean_shares(results),
+    )
+
+
+def show(result: Result) -> None:
+    """Print a result: what ran, its figures, what its costs rest on."""
+    scenario, figures = result.scenario, figures_of(result)
+    machine = scenario.node or scenario.gpu
+    rules = ", ".join(kind(rule) for rule in vars(scenario.policy).values())
+    counted = tables.number(figures["counted_requests"].mean)
+    out = tables.console()
+    out.print(
+        f"[bold]{scenario.name}[/]: {scenario.model.name} on {machine.name if machine else '-'}, "
+        f"{kind(scenario.workload)}, {rules}"
+    )
+    out.print(
+        f"{tables.number(figures['num_requests'].mean)} requests, {counted} of them in the steady "
+        f"window, {len(scenario.seeds)} seed{'s' if len(scenario.seeds) > 1 else ''}"
+        + (" (± half of the 95 % interval)" if len(scenario.seeds) > 1 else "")
+    )
+    num_overloaded = int(sum(one["overloaded"] for one in result.figures))
+    reason = tables.overload_reason(num_overloaded, len(scenario.seeds))
+    tables.show_result(figures, reason, result.cost_shares)
+
+
+def _run_one(name: str, study: Study) -> None:
+    scenario = study.scenario
+    folder = Path(study.out) if study.out else default_folder(name, scenario)
+    require_result_folder(folder)
+    result = simulate(scenario)
+    show(result)
+    save(result, folder, study.save or Save.trace)
+    tables.console().print(f"saved in {folder}", soft_wrap=True)
+
+
+def _ask_hydra(command: Command) -> int:
+    """Flags such as `--cfg job` are Hydra's to answer."""
+    from scenarios.sweep import hydra_main
+
+    return hydra_main(command, [*command.flags, *command.overrides])
+
+
+def _mean_shares(results: Sequence[Result]) -> dict[str, float]:
+    sources = {source: 0.0 for result in results for source in result.cost_shares}
+    for result in results:
+        for source, share in result.cost_shares.items():
+            sources[source] += share / len(results)
+    return sources

@@ -1,0 +1,94 @@
+"""What plots and trace viewers draw of a trace: step curves of counts, and bars of iterations."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.trace import DECODE, PREFILL, State, Trace
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+KIND_NAMES = {PREFILL: "prefill", DECODE: "decode", PREFILL | DECODE: "mixed"}
+"""Kinds of an iteration: prompts only, answers only, or both in one batch."""
+
+
+class Steps(NamedTuple):
+    """A quantity that changes at instants and stays in between."""
+
+    instant_s: Floats
+    value: Ints
+
+
+class Counts(NamedTuple):
+    """How full a replica is over time."""
+
+    running: Steps
+    """Requests that hold KV."""
+    waiting: Steps
+    """Requests in the queue."""
+    free_blocks: Steps
+    """KV blocks that nobody holds, as observed at each decision."""
+
+
+def counts(trace: Trace) -> Counts:
+    """Running and waiting requests and free KV blocks over the whole trace."""
+    events = trace.events
+    instant_s, state = np.asarray(events["instant_s"], np.float64), events["state"]
+    seated = state == State.admitted
+    left = (state == State.preempted) | (state == State.finished)
+    arrival_s = np.asarray(trace.requests["arrival_s"], np.float64)
+    back = state == State.preempted
+    queue_s = np.concatenate((arrival_s, instant_s[seated], instant_s[back]))
+    queue = np.repeat([1, -1, 1], [len(arrival_s), int(seated.sum()), int(back.sum())])
+    decisions = trace.decisions
+    return Counts(
+        running=_steps(instant_s, seated.astype(np.int64) - left),
+        waiting=_steps(queue_s, queue),
+        free_blocks=Steps(
+            np.asarray(decisions["instant_s"], np.float64),
+            np.asarray(decisions["free_blocks"], np.int64),
+        ),
+    )
+
+
+def batch_sizes(trace: Trace) -> Ints:
+    """Requests in each iteration: those that prefill and those that decode."""
+    decisions = trace.decisions
+    sizes = np.asarray(decisions["num_prefills"] + decisions["num_decodes"], np.int64)
+    return np.repeat(sizes, decisions["repeat"])
+
+
+def end_s(trace: Trace) -> float:
+    """End of the last iteration."""
+    return float(trace.iterations["end_s"].max()) if trace.num_iterations else 0.0
+
+
+def legible_window(trace: Trace, iterations: int = 120) -> tuple[float, float]:
+    """A stretch of so many iterations in mid-run: few enough that each bar can be seen.
+
+    Of the stretches tried, the one with most changes between kinds: a long row of equal decode
+    iterations shows nothing.
+    """
+    kinds = trace.iterations["kind"]
+    start_s, stop_s = trace.iterations["start_s"], trace.iterations["end_s"]
+    if len(kinds) <= iterations:
+        return float(start_s.min()), float(stop_s.max())
+    changes = np.append(0, np.cumsum(np.diff(kinds) != 0))
+    first = np.arange(len(kinds) // 4, max(3 * len(kinds) // 4 - iterations, 0) + 1)
+    if not len(first):
+        first = np.zeros(1, np.int64)
+    last = np.minimum(first + iterations - 1, len(kinds) - 1)
+    best = int(np.argmax(changes[last] - changes[first]))
+    return float(start_s[first[best]]), float(stop_s[last[best]])
+
+
+def _steps(instant_s: Floats, change: Ints) -> Steps:
+    """The running sum of changes; changes of one instant make one step."""
+    if not len(instant_s):
+        return Steps(np.zeros(1), np.zeros(1, np.int64))
+    order = np.argsort(instant_s, kind="stable")
+    at, total = instant_s[order], np.cumsum(change[order])
+    last = np.append(at[1:] != at[:-1], True)
+    return Steps(at[last], total[last].astype(np.int64))

@@ -1,0 +1,114 @@
+"""Bad input: refused with its value, the rule and the way out, and nothing is left behind."""
+
+import os
+
+import pytest
+
+HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+GOOD = "2023-11-16 18:17:03.9799600,10,5\n"
+
+REFUSED = {
+    "unknown_key": (["workload.rate=3"], ["workload.rate", "not in 'Poisson'"]),
+    "unknown_top_level_key": (["nod=3"], ["'nod' not in 'Study'"]),
+    "wrong_type": (["engine.block_size=many"], ["engine.block_size", "'many'", "Integer"]),
+    "unknown_policy": (
+        ["policy/batching=greedy"],
+        ["policy/batching/greedy", "chunked_prefill", "continuous", "static"],
+    ),
+    "unknown_enum": (["model.dtype=bf15"], ["bf15", "bf16"]),
+    "unknown_model": (["model=llama_9"], ["llama_9", "llama_3_8b"]),
+    "negative_rate": (["workload.rate_per_s=-3"], ["rate_per_s=-3.0", "positive", "try"]),
+    "missing_value": (["workload=gamma"], ["workload.", "needs one", "=VALUE"]),
+    "does_not_fit": (["model=llama_3_70b"], ["llama_3_70b", "a100_80g has", "larger GPU"]),
+    "prompt_over_context": (
+        ["workload.lengths=fixed", "workload.length_cv=null", "workload.max_tokens=null",
+         "workload.input_tokens=9000"],
+        ["9000", "at most", "shorten"],
+    ),
+    "node_and_gpu": (["gpu=h20"], ["node=a100_80g_x1 and gpu=h20", "exactly one", "node=null"]),
+    "no_machine": (["node=null"], ["neither node nor gpu", "diptych list"]),
+    "smuggled_in_a_part": (["+node.num_gpu=4"], ["node.num_gpu", "num_gpus", "leave it out"]),
+    "smuggled_in_a_policy": (
+        ["+policy.batching.chunk=4"], ["policy.batching.chunk", "watermark", "leave it out"],
+    ),
+    "smuggled_at_the_top": (["+seed=4"], ["seed is not a field", "seeds"]),
+    "bad_seeds": (["seeds=[1,1]"], ["seeds=[1, 1]", "distinct", "try"]),
+    "foreign_folder": (["out=."], ["out=.", "not empty", "name another"]),
+    "sweep_without_m": (["workload.rate_per_s=1,2"], ["workload.rate_per_s"]),
+}  # fmt: skip
+
+
+def tree():
+    return sorted(os.path.join(*found) for found in _walk())
+
+
+def _walk():
+    for folder, folders, files in os.walk("."):
+        yield from ((folder, name) for name in (*folders, *files))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_before_anything_is_written(diptych, workplace, case):
+    overrides, expected = REFUSED[case]
+    (workplace / "something").write_text("mine")
+    code, out, errors = diptych("run", "-cn", "replica", *overrides)
+    assert code == 2
+    assert out == ""
+    assert errors.startswith("error: ")
+    assert "Traceback" not in errors
+    assert [part for part in expected if part not in errors] == []
+    assert tree() == ["./something"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (HEADER + GOOD + "2023-11-16 18:17:04.0,ten,5\n", ["load.csv:3", "'ten'", "correct"]),
+        (HEADER + "yesterday,10,5\n", ["load.csv:2", "yesterday", "must read like"]),
+        (HEADER + "2023-11-16 18:17:04.0,10\n", ["load.csv:2", "2 fields"]),
+        (HEADER, ["load.csv:1", "no request follows"]),
+        ("", ["load.csv:1", "no lines"]),
+    ],
+)
+def test_a_bad_trace_line_is_named_by_file_and_line(diptych, workplace, text, expected):
+    (workplace / "load.csv").write_text(text)
+    code, _, errors = diptych(
+        "run", "-cn", "replica", "workload=azure_trace", "workload.path=load.csv"
+    )
+    assert code == 2
+    assert [part for part in expected if part not in errors] == []
+    assert tree() == ["./load.csv"]
+
+
+def test_an_empty_workload_is_refused(diptych):
+    arguments = ("workload.num_requests=null", "workload.duration_s=0.0001")
+    code, _, errors = diptych("run", "-cn", "replica", *arguments)
+    assert code == 2
+    assert "0 requests" in errors
+    assert tree() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["rnu"], ["'rnu' is not known", "did you mean 'run'", "compare"]),
+        (["run", "-cn", "replika"], ["'replika' is not known", "did you mean 'replica'"]),
+        (["run", "-cn"], ["-cn needs a value"]),
+        (["run", "-cn", "replica", "--config-dir", "nowhere"], ["nowhere", "must be a folder"]),
+        (["list", "gup"], ["'gup' is not known", "did you mean 'gpu'"]),
+        (["report"], ["report needs a folder"]),
+        (["report", "nowhere"], ["nowhere", "summary.json", "diptych run"]),
+        (["compare", "nowhere"], ["two results", "got 1"]),
+    ],
+)
+def test_a_bad_command_says_what_to_do(diptych, arguments, expected):
+    code, out, errors = diptych(*arguments)
+    assert (code, out) == (2, "")
+    assert [part for part in expected if part not in errors] == []
+
+
+def test_a_folder_of_the_path_variable_must_exist(diptych, monkeypatch):
+    monkeypatch.setenv("DIPTYCH_PATH", "nowhere")
+    code, _, errors = diptych("run", "-cn", "replica")
+    assert code == 2
+    assert "DIPTYCH_PATH=nowhere must be a folder" in errors
