@@ -1,0 +1,181 @@
+"""Checkpoints as Hugging Face folders: config.json beside safetensors. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sim.models.architecture import Architecture, load_architecture
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""The dense families whose layer `Transformer` computes."""
+INVERSE_FREQUENCIES = "model.rotary_emb.inv_freq"
+"""Name under which rotary frequencies float32 [head_dim / 2] travel with the weights."""
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def read_config(folder: Path) -> dict[str, object]:
+    """The values of `folder`/config.json.
+
+    Raises:
+        ValueError: there is none, or it is not one JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json; give a folder that save_pretrained wrote")
+    return _read_json(path)
+
+
+def dense_architecture(config: Mapping[str, object], source: str) -> Architecture:
+    """The architecture of a config.json, when it is one that `Transformer` computes.
+
+    Raises:
+        ValueError: another family, another activation, experts, or a value that is impossible.
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(
+            f"{source}: model_type={family!r} is not run here; families are {', '.join(FAMILIES)}"
+        )
+    architecture = load_architecture(config)
+    if architecture.activation != "silu":
+        raise ValueError(
+            f"{source}: hidden_act={architecture.activation!r} must be 'silu', as in all of "
+            f"{', '.join(FAMILIES)}"
+        )
+    return architecture
+
+
+def inverse_frequencies(config: Mapping[str, object], architecture: Architecture) -> Tensor:
+    """Rotary frequencies float32 [head_dim / 2]: the plain ones, or those that llama3 stretched.
+
+    Raises:
+        ValueError: the configuration scales or cuts them in another way.
+    """
+    section = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = cast("dict[str, object]", section)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if kind not in ("default", "llama3") or share not in (None, 1, 1.0):
+        raise ValueError(
+            f"rope_type={kind!r} with partial_rotary_factor={share} is not computed here; "
+            "rope_type may be 'default' or 'llama3', over whole heads"
+        )
+    half = torch.arange(0, architecture.head_dim, 2, dtype=torch.int64).float()
+    plain = 1.0 / (architecture.rope_theta or 1e4) ** (half / architecture.head_dim)
+    return plain if kind == "default" else _stretch_llama3(plain, rope)
+
+
+def _stretch_llama3(plain: Tensor, rope: Mapping[str, object]) -> Tensor:
+    """Long waves are stretched by `factor`, short ones kept, those between them mixed."""
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    missing = [key for key in keys if not isinstance(rope.get(key), int | float)]
+    if missing:
+        raise ValueError(f"rope_type='llama3' needs the numbers {', '.join(missing)}; add them")
+    factor, low, high, old = (float(cast("float", rope[key])) for key in keys)
+    turns = old * plain / (2 * math.pi)
+    mix = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - mix) * plain / factor + mix * plain
+
+
+def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor that a checkpoint of `architecture` must hold, by its usual name."""
+    hidden, inner = architecture.hidden_size, architecture.intermediate_size
+    query, kv = architecture.query_size, architecture.kv_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (architecture.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not architecture.tie_embeddings:
+        shapes["lm_head.weight"] = (architecture.vocab_size, hidden)
+    linears = {
+        "self_attn.q_proj": (query, hidden, architecture.qkv_bias),
+        "self_attn.k_proj": (kv, hidden, architecture.qkv_bias),
+        "self_attn.v_proj": (kv, hidden, architecture.qkv_bias),
+        "self_attn.o_proj": (hidden, query, architecture.attention_output_bias),
+        "mlp.gate_proj": (inner, hidden, architecture.mlp_bias),
+        "mlp.up_proj": (inner, hidden, architecture.mlp_bias),
+        "mlp.down_proj": (hidden, inner, architecture.mlp_bias),
+    }
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    if architecture.qk_norm:
+        head_dim = architecture.head_dim
+        norms |= {"self_attn.q_norm": head_dim, "self_attn.k_norm": head_dim}
+    for layer in range(architecture.num_layers):
+        prefix = f"model.layers.{layer}."
+        shapes |= {f"{prefix}{name}.weight": (size,) for name, size in norms.items()}
+        for name, (rows, columns, bias) in linears.items():
+            shapes[f"{prefix}{name}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"{prefix}{name}.bias"] = (rows,)
+    return shapes
+
+
+def read_weights(folder: Path, architecture: Architecture) -> dict[str, Tensor]:
+    """The tensors that `architecture` needs, out of one safetensors file or of its shards.
+
+    Raises:
+        ValueError: no safetensors there, a file that cannot be read, a tensor that is missing or
+            has another shape than the configuration says.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        try:
+            tensors |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path}: cannot be read as safetensors ({error}); it may be cut short, "
+                "so fetch or convert it again"
+            ) from error
+    weights: dict[str, Tensor] = {}
+    for name, shape in expected_shapes(architecture).items():
+        if name not in tensors:
+            raise ValueError(f"{folder}: tensor {name} is missing; its config.json asks for it")
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(
+                f"{folder}: {name} has shape {list(tensors[name].shape)}, but config.json asks "
+                f"for {list(shape)}; the two files do not belong together"
+            )
+        weights[name] = tensors[name]
+    return weights
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    index = folder / _INDEX
+    if index.is_file():
+        places = _read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise ValueError(f"{index}: weight_map must name the file of each tensor")
+        files = [folder / name for name in sorted({str(name) for name in places.values()})]
+        absent = [path.name for path in files if not path.is_file()]
+        if absent:
+            raise ValueError(f"{index} names {', '.join(absent)}, not in {folder}; add what lacks")
+        return files
+    pickled = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt*")))
+    if pickled:
+        raise ValueError(
+            f"{folder} holds {', '.join(pickled)}, which could run code when unpickled; load it "
+            "where you trust it and write it again with save_pretrained (safetensors)"
+        )
+    raise ValueError(f"{folder} has neither {_SINGLE} nor {_INDEX}; add the weights")
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        values: object = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); it may be cut short") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold one JSON object, not a {type(values).__name__}")
+    return cast("dict[str, object]", values)

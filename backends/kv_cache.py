@@ -1,0 +1,198 @@
+"""The paged KV cache of one replica: its tensors, who owns each block, and the bytes moved.
+
+PagedAttention: Kwon et al., 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from backends.corruption import Corruption
+from backends.kernels.paged import KvCache
+from backends.kv_layout import empty_blocks
+from sim.models.architecture import Architecture
+
+__all__ = ["FREE", "Corruption", "PagedKVCache"]
+
+FREE = -1
+"""Owner of a block that nobody holds; also the slot of a token that is not written."""
+
+
+class PagedKVCache:
+    """Keys and values of every layer in blocks, and the allocator of those blocks.
+
+    What is free, owned or written is read off `owner` and `written`; the tables kept beside them
+    only remember the order of a request's blocks. Both lie on the CPU, where decisions are made,
+    whatever the device of the keys and values.
+    """
+
+    def __init__(
+        self,
+        config: Architecture,
+        num_blocks: int,
+        block_size: int = 16,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"num_blocks={num_blocks}, block_size={block_size} must be at least 1")
+        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        place = (torch.device(device), dtype)
+        self.layers = [
+            KvCache(empty_blocks(shape, *place), empty_blocks(shape, *place))
+            for _ in range(config.num_layers)
+        ]
+        """Per layer key and value [num_blocks, block_size, num_kv_heads, head_dim]"""
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.owner = torch.full((num_blocks,), FREE, dtype=torch.int64)
+        """int64 [num_blocks], the request that holds each block, or FREE"""
+        self.written = torch.zeros(num_blocks, block_size, dtype=torch.bool)
+        """bool [num_blocks, block_size], the slots whose token a request has stored"""
+        self.corrupt: Corruption | None = None
+        self.written_tokens = self.read_tokens = self.freed_tokens = 0
+        self._tables: dict[int, list[int]] = {}
+        self._num_frees = 0
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that nobody owns, counted from `owner`."""
+        return int((self.owner == FREE).sum())
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens stored in blocks that somebody owns, counted from `written`."""
+        return int(self.written.sum())
+
+    @property
+    def token_bytes(self) -> int:
+        """Payload of one token: its keys and values in all layers."""
+        rows = [part[0, 0] for layer in self.layers for part in layer]
+        return sum(row.numel() * row.element_size() for row in rows)
+
+    @property
+    def written_bytes(self) -> int:
+        """Payload that was really stored since the start."""
+        return self.written_tokens * self.token_bytes
+
+    @property
+    def read_bytes(self) -> int:
+        """Payload that attention read since the start: each context once a chunk or token."""
+        return self.read_tokens * self.token_bytes
+
+    @property
+    def freed_bytes(self) -> int:
+        """Payload that was stored and has been given up since the start."""
+        return self.freed_tokens * self.token_bytes
+
+    def requests(self) -> list[int]:
+        """The requests that hold blocks."""
+        return list(self._tables)
+
+    def blocks_needed(self, request_id: int, tokens: int) -> int:
+        """Blocks that `allocate` would take for the same arguments."""
+        return max(0, -(-tokens // self.block_size) - len(self._tables.get(request_id, ())))
+
+    def allocate(self, request_id: int, tokens: int) -> None:
+        """Make room for `tokens` tokens of a request in all; what it holds already counts.
+
+        Raises:
+            ValueError: too few blocks are free; nothing was taken.
+        """
+        if request_id < 0:
+            raise ValueError(f"request_id={request_id} must not be negative; {FREE} marks a hole")
+        wanted = self.blocks_needed(request_id, tokens)
+        if not wanted:
+            return
+        free = (self.owner == FREE).nonzero()[:wanted, 0]
+        if len(free) < wanted:
+            raise ValueError(
+                f"request {request_id} needs {wanted} more blocks for {tokens} tokens, but "
+                f"free_blocks={len(free)} of {self.num_blocks}; free a request first"
+            )
+        self.owner[free] = request_id
+        self._tables.setdefault(request_id, []).extend(free.tolist())
+
+    def free(self, request_id: int) -> None:
+        """Give all blocks of a request back.
+
+        Raises:
+            ValueError: the request holds none.
+        """
+        table = self._table(request_id)
+        del self._tables[request_id]
+        self._num_frees += 1
+        if self.corrupt == Corruption(kind="skip_free", index=self._num_frees - 1):
+            return
+        self.freed_tokens += int(self.written[table].sum())
+        self.written[table] = False
+        self.owner[table] = FREE
+
+    def stored_tokens(self, request_id: int) -> int:
+        """Tokens of a request that are in the cache, counted from `written`."""
+        return int(self.written[self._table(request_id)].sum())
+
+    def block_table(self, request_id: int) -> Tensor:
+        """Blocks of a request in the order of its tokens, int32 [blocks]."""
+        return torch.tensor(self._table(request_id), dtype=torch.int32)
+
+    def block_tables(self, request_ids: Sequence[int]) -> Tensor:
+        """Block tables of several requests, int32 [requests, most blocks], padded with block 0."""
+        tables = [self._table(request_id) for request_id in request_ids]
+        width = max(map(len, tables), default=0)
+        rows = [table + [0] * (width - len(table)) for table in tables]
+        return torch.tensor(rows, dtype=torch.int32).view(len(tables), width)
+
+    def slots(self, request_id: int, start: int, count: int) -> list[int]:
+        """Slots of `count` tokens of a request from position `start` on.
+
+        Raises:
+            ValueError: the request has no room for them.
+        """
+        table, size = self._table(request_id), self.block_size
+        if start < 0 or start + count > len(table) * size:
+            raise ValueError(
+                f"tokens {start} to {start + count} of request {request_id} are outside its "
+                f"{len(table)} blocks of {size}; allocate {start + count} tokens first"
+            )
+        return [table[at // size] * size + at % size for at in range(start, start + count)]
+
+    def begin_write(self, slot_mapping: Tensor) -> Tensor:
+        """Count the slots that a forward pass is about to write, and return those it may write.
+
+        Args:
+            slot_mapping: int64 [tokens] on the CPU; FREE for a token that is not to be stored.
+        """
+        fault, rows = self.corrupt, (slot_mapping >= 0).nonzero()[:, 0]
+        if fault is not None and fault.kind == "drop_copy":
+            struck = fault.index - self.written_tokens
+            if 0 <= struck < len(rows):
+                slot_mapping = slot_mapping.index_fill(0, rows[struck], FREE)
+                self.corrupt = None
+        stored = slot_mapping[slot_mapping >= 0]
+        self.written_tokens += len(stored)
+        self.written.view(-1)[stored] = True
+        return slot_mapping
+
+    def count_read(self, context_lengths: Tensor) -> None:
+        """Count the contexts that a forward pass gathers, int32 [sequences] on the CPU."""
+        self.read_tokens += int(context_lengths.sum())
+
+    def check(self) -> None:
+        """Assert that tables and tensors agree: what a table lists is owned, once, by its request.
+
+        Blocks owned by a request without a table are a leak, and asserted against as well.
+        """
+        listed = [(block, request) for request, table in self._tables.items() for block in table]
+        assert len({block for block, _ in listed}) == len(listed), "a block is in two tables"
+        assert all(int(self.owner[block]) == request for block, request in listed)
+        owned = int((self.owner != FREE).sum())
+        assert owned == len(listed), f"{owned - len(listed)} blocks are owned by no live request"
+        assert not bool(self.written[self.owner == FREE].any()), "a free block holds tokens"
+
+    def _table(self, request_id: int) -> list[int]:
+        if request_id not in self._tables:
+            raise ValueError(f"request {request_id} holds no blocks; allocate some first")
+        return self._tables[request_id]

@@ -1,0 +1,141 @@
+"""A dense decoder over a paged KV cache: one forward pass for decodes and prefill chunks together.
+
+The layer of llama, mistral, qwen2 and qwen3: norm, attention with grouped keys, norm, SwiGLU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, silu
+
+from backends.checkpoints import INVERSE_FREQUENCIES
+from backends.forward_batch import ForwardBatch
+from backends.kernels.paged import KvCache
+from backends.kernels.rotary_kv_write import Rotation, rotary_tables
+from backends.kv_cache import PagedKVCache
+from backends.kv_layout import uses_kernels
+from backends.linear import Linear
+from backends.operators import KernelOperators, Operators, TorchOperators
+from sim.models.architecture import Architecture
+
+
+class Transformer:
+    """Weights laid out for one device, and the forward pass over them.
+
+    In float32 it computes in float32, never through TF32.
+    """
+
+    def __init__(
+        self,
+        config: Architecture,
+        weights: Mapping[str, Tensor],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.config, self.device, self.dtype = config, torch.device(device), dtype
+        window = config.sliding_window or config.max_position_embeddings
+        self.max_context = min(window, config.max_position_embeddings)
+        """Longest context in tokens: within it a sliding window hides nothing."""
+        # TF32 would cost ten bits of the mantissa, and the comparison with a reference its meaning.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        with torch.inference_mode():
+            place = _Placer(weights, self.device, dtype)
+            self._embedding = place("model.embed_tokens.weight")
+            self._norm = place("model.norm.weight")
+            head = "model.embed_tokens" if config.tie_embeddings else "lm_head"
+            self._head = place.linear(head)
+            frequencies = weights[INVERSE_FREQUENCIES].to(self.device)
+            self._cos, self._sin = rotary_tables(frequencies, self.max_context)
+            self._layers = [
+                _Layer(config, place, f"model.layers.{index}.")
+                for index in range(config.num_layers)
+            ]
+        self._operators = KernelOperators if uses_kernels(self.device, dtype) else TorchOperators
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch, cache: PagedKVCache) -> Tensor:
+        """Store keys and values of all rows, and return logits float32 [sampled, vocab].
+
+        Raises:
+            ValueError: a context is longer than `max_context`.
+        """
+        if batch.max_context > self.max_context:
+            raise ValueError(
+                f"context of {batch.max_context} tokens must not exceed {self.max_context}, the "
+                f"window of {self.config.name}; shorten the prompt or the answer"
+            )
+        slots = cache.begin_write(batch.slot_mapping)
+        cache.count_read(batch.context_lengths)
+        rotation = Rotation(self._cos, self._sin, batch.positions.to(self.device))
+        operators: Operators = self._operators(self.config, batch, slots, rotation)
+        x = embedding(batch.token_ids.to(self.device), self._embedding)
+        residual = torch.zeros_like(x)
+        for layer, kv in zip(self._layers, cache.layers, strict=True):
+            x, residual = layer(x, residual, kv, operators)
+        x, residual = (
+            part.index_select(0, batch.logit_rows.to(self.device)) for part in (x, residual)
+        )
+        normed, _ = operators.add_norm(x, residual, self._norm)
+        return self._head(normed).float()
+
+
+class _Layer:
+    """One layer; what comes out is not yet added to the residual, the next norm does that."""
+
+    def __init__(self, config: Architecture, place: _Placer, prefix: str) -> None:
+        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        self._head_dim = config.head_dim
+        self._num_heads, self._num_kv_heads = config.num_heads, config.num_kv_heads
+        self._input_norm = place(f"{prefix}input_layernorm.weight")
+        self._mlp_norm = place(f"{prefix}post_attention_layernorm.weight")
+        self._qkv = place.linear(*(f"{attention}{part}_proj" for part in "qkv"))
+        self._output = place.linear(f"{attention}o_proj")
+        self._gate_up = place.linear(f"{mlp}gate_proj", f"{mlp}up_proj")
+        self._down = place.linear(f"{mlp}down_proj")
+        self._qk_norm: tuple[Tensor, Tensor] | None = None
+        if config.qk_norm:
+            norms = (place(f"{attention}{part}_norm.weight") for part in "qk")
+            self._qk_norm = (next(norms), next(norms))
+
+    def __call__(
+        self, x: Tensor, residual: Tensor, cache: KvCache, operators: Operators
+    ) -> tuple[Tensor, Tensor]:
+        normed, residual = operators.add_norm(x, residual, self._input_norm)
+        heads = self._qkv(normed).view(len(x), -1, self._head_dim)
+        if self._qk_norm is not None:
+            heads = self._normalise(heads, self._qk_norm, operators)
+        query = operators.turn_and_store(heads, cache)
+        attended = operators.attend(query, cache)
+        x = self._output(attended.reshape(len(x), -1))
+        normed, residual = operators.add_norm(x, residual, self._mlp_norm)
+        gate, up = self._gate_up(normed).chunk(2, -1)
+        return self._down(silu(gate).mul_(up)), residual
+
+    def _normalise(
+        self, heads: Tensor, weights: tuple[Tensor, Tensor], operators: Operators
+    ) -> Tensor:
+        sizes = [self._num_heads, self._num_kv_heads, self._num_kv_heads]
+        query, key, value = heads.split(sizes, 1)
+        normed = (operators.norm(query, weights[0]), operators.norm(key, weights[1]))
+        return torch.cat((*normed, value), 1)
+
+
+class _Placer:
+    """Takes weights by name and puts them on the device, several as one where they are fused."""
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._weights, self._device, self._dtype = weights, device, dtype
+
+    def __call__(self, name: str) -> Tensor:
+        return self._weights[name].to(self._device, self._dtype)
+
+    def linear(self, *names: str) -> Linear:
+        """One linear layer that computes those of `names` side by side."""
+        weight = torch.cat([self(f"{name}.weight") for name in names])
+        biases = [self(f"{name}.bias") for name in names if f"{name}.bias" in self._weights]
+        return Linear(weight, torch.cat(biases) if biases else None)
