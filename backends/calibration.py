@@ -125,3 +125,29 @@ def fingerprint(device: str) -> str:
     """What must be the same for a calibration to hold: processor or GPU, system, device."""
     name = torch.cuda.get_device_name() if device == "cuda" else processor()
     return f"{name} | {platform.system()} {platform.machine()} | {device}"
+
+
+def copy_bandwidth_bytes_per_s() -> float:
+    """Bytes read and written a second by one thread that copies memory, best of five."""
+    source = torch.ones(32 * 2**20)
+    target = torch.empty_like(source)
+    seconds = min(_timed(lambda: target.copy_(source)) for _ in range(5))
+    return 2 * source.numel() * source.element_size() / seconds
+
+
+def matmul_flops_per_s() -> float:
+    """FLOP/s of one thread in a float32 matrix product, best of five."""
+    size = 1024
+    left, right = torch.ones(size, size), torch.ones(size, size)
+    return 2 * size**3 / min(_timed(lambda: left @ right) for _ in range(5))
+
+
+def gpu_name() -> str:
+    """What CUDA calls the device."""
+    return torch.cuda.get_device_name()
+
+
+def _timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

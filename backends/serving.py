@@ -1,0 +1,118 @@
+"""Serve a workload for real in one call: what validation and benchmarks run."""
+
+import gc
+from typing import NamedTuple
+
+import torch
+
+from backends.gguf_conversion import Progress
+from backends.kv_cache import Corruption, PagedKVCache
+from backends.replica import Prompts, Replica
+from backends.sampling import Sampler
+from backends.tokenizer import prompt_token_ids
+from backends.transformer import Transformer
+from backends.weights import Model, load_model, random_model
+from sim.engine import ReplicaLimits
+from sim.policies.batching.base import Batching
+from sim.policies.batching.static import Static
+from sim.trace import Trace
+from sim.workload.recorded import Recorded
+from sim.workload.source import Source
+
+
+class Served(NamedTuple):
+    """What a real run gives back; bytes as its own tensors counted them."""
+
+    trace: Trace
+    answers: dict[int, list[int]]
+    """Token ids of every answer."""
+    kv_bytes_written: int
+    kv_bytes_read: int
+    kv_bytes_freed: int
+
+
+def use_one_thread() -> None:
+    """The replica runs on one thread, so that a second core leaves its times alone."""
+    torch.set_num_threads(1)
+
+
+def open_model(source: str, device: str, progress: Progress | None = None) -> tuple[Model, Transformer]:
+    """Load weights (`random` for the tiny model) and lay them out on a device, in float32.
+
+    Raises:
+        ValueError: no such model, an unreadable checkpoint, or no such device.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda needs a CUDA device and torch sees none; take device=cpu")
+    model = random_model() if source == "random" else load_model(source, progress=progress)
+    return model, Transformer(model.config, model.weights, device, torch.float32)
+
+
+def serve(  # noqa: PLR0913  the parts of an engine
+    model: Transformer,
+    source: Source,
+    batching: Batching,
+    limits: ReplicaLimits,
+    *,
+    seed: int = 0,
+    prompts: Prompts | None = None,
+    sampler: Sampler | None = None,
+    corruption: Corruption | None = None,
+) -> Served:
+    """Warm up, then serve a source at its arrival times; t = 0 is after the warm-up.
+
+    Args:
+        model: what to run.
+        source: requests; their arrival times are kept.
+        batching: the policy.
+        limits: of the engine.
+        seed: of the prompts' tokens.
+        prompts: token ids of each prompt; None draws them from the seed.
+        sampler: None is greedy.
+        corruption: a fault to put into the KV cache.
+    """
+    vocabulary = model.config.vocab_size
+    warm_up(model, limits)
+    cache = _cache(model, limits)
+    cache.corrupt = corruption
+    replica = Replica(
+        model=model,
+        cache=cache,
+        batching=batching,
+        limits=limits,
+        prompts=prompts
+        or (lambda r: prompt_token_ids(seed, r.request_id, r.prompt_tokens, vocabulary)),
+        sampler=sampler or Sampler(),
+    )
+    # A collection in mid-run would be a stall that no policy caused.
+    gc.collect()
+    gc.freeze()
+    try:
+        trace = replica.serve(source)
+    finally:
+        gc.unfreeze()
+    return Served(
+        trace, replica.answers, cache.written_bytes, cache.read_bytes, cache.freed_bytes
+    )
+
+
+def warm_up(model: Transformer, limits: ReplicaLimits) -> None:
+    """Serve a few requests at once, so that no first call of a kernel is timed."""
+    blocks = max(min(limits.num_blocks, 64), 4)
+    small = ReplicaLimits(8, 256, limits.block_size, blocks)
+    tokens = min(16, blocks * limits.block_size // 4)
+    few = Recorded(arrival_s=[0.0] * 3, prompt_tokens=[tokens] * 3, output_tokens=[3] * 3)
+    Replica(
+        model=model,
+        cache=_cache(model, small),
+        batching=Static(),
+        limits=small,
+        prompts=lambda r: prompt_token_ids(0, r.request_id, r.prompt_tokens, 64),
+        sampler=Sampler(),
+    ).serve(Source(few, 0, model.max_context))
+
+
+def _cache(model: Transformer, limits: ReplicaLimits) -> PagedKVCache:
+    return PagedKVCache(
+        model.config, limits.num_blocks, limits.block_size, model.device, model.dtype
+    )

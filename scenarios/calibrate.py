@@ -1,0 +1,209 @@
+"""`diptych calibrate`: measure this machine, fit the iteration cost, write the node this_machine."""
+
+import datetime
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hardware_models.calibration import Calibration, FittedIteration
+from hardware_models.carriers import HostMemory
+from hardware_models.parts import dump_node, load_node, read_node
+from hardware_models.processors import ComputeMeasured, Cpu
+from hardware_models.schema import Node
+from scenarios.tables import console, grid
+from sim.costs.calibration_plan import heldout_batches, training_batches
+from sim.costs.fitting import fit_iteration
+from sim.provenance import commit, processor
+
+NODE_FILE = Path("~/.config/diptych/node/this_machine.yaml")
+MODEL_NAMES = {"smollm2": "smollm2_135m", "random": "tiny_llama"}
+"""Weights that stand for a shipped architecture."""
+
+CUDA_NAMES = {
+    "A100": "a100_80g", "A800": "a800_80g", "H100": "h100_sxm", "H800": "h800_sxm",
+    "H200": "h200", "H20": "h20", "A10G": "a10g", "L40S": "l40s", "L20": "l20", "A40": "a40",
+    "RTX 4090": "rtx_4090", "RTX PRO 6000": "rtx_pro_6000",
+}  # fmt: skip
+"""Parts by a piece of the name that CUDA gives the device; the first piece that fits wins."""
+
+
+class Device(Enum):
+    """What is measured."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What the command takes."""
+
+    weights: str = "smollm2"
+    """Package name or Hugging Face folder of the model to measure."""
+    device: Device = Device.cpu
+    """CPU (one thread) or CUDA."""
+    repeats: int = 3
+    """Timings of each shape, after one that warms up; their median counts."""
+    out: str | None = None
+    """Node file to write; null: ~/.config/diptych/node/this_machine.yaml."""
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ValueError(f"repeats={self.repeats} must be at least 1; 3 is the default")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Calibrate and print how well the fit predicts held-out shapes."""
+    if any(word in ("-h", "--help") for word in argv):
+        text = OmegaConf.to_yaml(OmegaConf.structured(Options))
+        console().print(f"diptych calibrate [key=value ...], with these keys:\n\n{text}")
+        return 0
+    options = _options(argv)
+    path = node_path(options.out)
+    node = calibrate(options.weights, options.device.value, options.repeats, path)
+    show(node, path)
+    return 0
+
+
+def node_path(out: str | None) -> Path:
+    """Where the node is written."""
+    return Path(out or NODE_FILE).expanduser()
+
+
+def calibrate(weights: str, device: str, repeats: int, path: Path) -> Node:
+    """Measure all planned batches, fit, and add the fit to the node file.
+
+    Raises:
+        ValueError: no such model or device.
+    """
+    import torch
+    from rich.progress import Progress
+
+    from backends.calibration import fingerprint, measure
+    from backends.serving import open_model, use_one_thread
+
+    use_one_thread()
+    train, heldout = training_batches(), heldout_batches()
+    with Progress(console=console(errors=True)) as progress:
+        loading = progress.add_task("loading the model", total=None)
+        model, transformer = open_model(
+            weights, device, lambda text: progress.update(loading, description=text)
+        )
+        progress.remove_task(loading)
+        total = (repeats + 1) * (len(train) + len(heldout))
+        task = progress.add_task("timing iterations", total=total)
+        measured = measure(
+            transformer, [*train, *heldout], repeats, lambda: progress.advance(task)
+        )
+    fit = fit_iteration(measured[: len(train)], measured[len(train) :], "fp32")
+    print_name = fingerprint(device)
+    fits = _kept_fits(path, print_name, str(torch.__version__))
+    fits[MODEL_NAMES.get(weights, model.name)] = fit
+    calibration = Calibration(
+        fingerprint=print_name,
+        torch_version=str(torch.__version__),
+        threads=torch.get_num_threads(),
+        models=fits,
+    )
+    node = describe_machine(device, calibration)
+    dump_node(node, path)
+    return node
+
+
+def stored(path: Path, weights: str, device: str) -> FittedIteration | None:
+    """The fit of a node file, if it is of this machine, this torch and this model."""
+    import torch
+
+    from backends.calibration import fingerprint
+
+    if not path.exists():
+        return None
+    calibration = read_node(path).calibration
+    if calibration is None or calibration.fingerprint != fingerprint(device):
+        return None
+    if calibration.torch_version != str(torch.__version__):
+        return None
+    return calibration.models.get(MODEL_NAMES.get(weights, weights))
+
+
+def describe_machine(device: str, calibration: Calibration) -> Node:
+    """The machine at hand as a node: a GPU from the shipped parts, or this CPU as measured."""
+    from backends.calibration import copy_bandwidth_bytes_per_s, gpu_name, matmul_flops_per_s
+
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    source = f"diptych calibrate on {processor()}, commit {commit()}, {today}"
+    if device == "cuda":
+        node = load_node(f"{_gpu_part(gpu_name())}_x1")
+        return replace(node, name="this_machine", calibration=calibration, source=source)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Node(
+        name="this_machine",
+        cpu=Cpu(
+            name="this_cpu",
+            architecture=processor(),
+            num_cores=os.cpu_count() or 1,
+            measured=ComputeMeasured(flops_per_s={"fp32": matmul_flops_per_s()}, source=source),
+            source=source,
+        ),
+        host_memory=HostMemory(
+            name="this_memory",
+            memory_bytes=memory,
+            bandwidth_bytes_per_s=copy_bandwidth_bytes_per_s(),
+            source=source,
+        ),
+        calibration=calibration,
+        source=source,
+    )
+
+
+def _gpu_part(cuda_name: str) -> str:
+    """The shipped part that CUDA's device name means."""
+    for text, part in CUDA_NAMES.items():
+        if text in cuda_name:
+            return part
+    raise ValueError(
+        f"GPU {cuda_name!r} is none of those known by CUDA name: {', '.join(CUDA_NAMES)}; describe "
+        "it in a node YAML of your own"
+    )
+
+
+def show(node: Node, path: Path) -> None:
+    """Print what was fitted and where it was written."""
+    assert node.calibration is not None
+    table = grid(
+        f"Calibration of {node.calibration.fingerprint}",
+        "model", "shapes fitted", "held out", "median error", "p90 error",
+    )  # fmt: skip
+    for name, fit in node.calibration.models.items():
+        table.add_row(
+            name, str(fit.num_shapes), str(fit.num_heldout),
+            f"{fit.heldout_median_error:.1%}", f"{fit.heldout_p90_error:.1%}",
+        )  # fmt: skip
+    console().print(table)
+    console().print(f"written to {path}: use it as node=this_machine cost=fitted")
+
+
+def _kept_fits(path: Path, fingerprint: str, torch_version: str) -> dict[str, FittedIteration]:
+    """Fits of other models that the file holds for the same machine and torch."""
+    try:
+        calibration = read_node(path).calibration
+    except ValueError:
+        return {}
+    if calibration is None or calibration.fingerprint != fingerprint:
+        return {}
+    return dict(calibration.models) if calibration.torch_version == torch_version else {}
+
+
+def _options(argv: Sequence[str]) -> Options:
+    try:
+        given = OmegaConf.from_dotlist(list(argv))
+        options: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), given))
+    except OmegaConfBaseException as error:
+        raise ValueError(str(error)) from error
+    return options

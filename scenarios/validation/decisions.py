@@ -1,0 +1,116 @@
+"""Questions 1 and 2: are all decisions equal under replay, and all KV bytes?
+
+A tiny model of random weights serves hundreds of requests from a KV pool so small that requests are
+pre-empted. Its decision instants are replayed on the simulated panel, which decides again.
+"""
+
+from typing import NamedTuple
+
+from backends.kv_cache import Corruption
+from backends.serving import Served, serve
+from backends.transformer import Transformer
+from scenarios.validation.verdict import Line, judge_exact
+from sim.decision_rows import Decision, expand
+from sim.engine import ReplicaLimits
+from sim.models.parameters import kv_bytes_per_token
+from sim.policies.batching.base import Batching
+from sim.processes.pace import Replayed
+from sim.processes.replica import simulate
+from sim.trace import State, Trace
+from sim.work_done import work_done
+from sim.workload.lengths import LengthDistribution
+from sim.workload.poisson import Poisson
+from sim.workload.recorded import replayed
+from sim.workload.source import Source
+
+LIMITS = ReplicaLimits(max_num_seqs=16, max_num_batched_tokens=128, block_size=16, num_blocks=24)
+"""A pool of 384 tokens for requests of up to 256: it runs out all the time."""
+CONTEXT = 256
+FLOAT32_BYTES = 4
+
+
+class Panels(NamedTuple):
+    """The same requests on both panels."""
+
+    real: Served
+    simulated: Trace
+
+
+def workload(num_requests: int) -> Poisson:
+    """Requests faster than they are served, of all lengths that fit."""
+    return Poisson(
+        rate_per_s=400.0, num_requests=num_requests, input_tokens=40, output_tokens=24,
+        lengths=LengthDistribution.exponential, max_tokens=CONTEXT // 2,
+    )  # fmt: skip
+
+
+def run_both(
+    model: Transformer, batching: Batching, num_requests: int, seed: int,
+    corruption: Corruption | None = None,
+) -> Panels:  # fmt: skip
+    """Serve for real, then replay the logged instants on the simulated panel."""
+    source = Source(workload(num_requests), seed, CONTEXT)
+    real = serve(model, source, batching, LIMITS, seed=seed, corruption=corruption)
+    return Panels(real, replay(real.trace, batching, LIMITS, CONTEXT))
+
+
+def replay(real: Trace, batching: Batching, limits: ReplicaLimits, context: int) -> Trace:
+    """Simulate the requests of a real trace with its decision instants as boundaries."""
+    requests = real.requests
+    again = replayed(requests["arrival_s"], requests["prompt_tokens"], requests["output_tokens"])
+    pace = Replayed(real.decisions["instant_s"].tolist(), float(real.iterations["end_s"][-1]))
+    return simulate(Source(again, 0, context), batching, limits, pace, one_by_one=True)
+
+
+def decision_line(name: str, panels: Panels) -> Line:
+    """Question 1 for one policy."""
+    measured, simulated = expand(panels.real.trace), expand(panels.simulated)
+    pairs = zip(simulated, measured, strict=False)
+    differing = [index for index, (ours, theirs) in enumerate(pairs) if ours != theirs]
+    count = len(differing) + abs(len(simulated) - len(measured))
+    preempted = int((panels.simulated.events["state"] == State.preempted).sum())
+    note = f"{preempted} pre-emptions"
+    if differing:
+        at = differing[0]
+        note = f"first at decision {at}: {difference(simulated[at], measured[at])}"
+    return Line(
+        question="decisions", metric=f"{name}: decisions that differ",
+        simulated=f"{len(simulated):,}", measured=f"{len(measured):,}", error=count,
+        accepted=0, verdict=judge_exact(count), note=note,
+    )  # fmt: skip
+
+
+def difference(simulated: Decision, measured: Decision) -> str:
+    """The first field in which two decisions differ."""
+    for field, ours, theirs in zip(Decision._fields, simulated, measured, strict=True):
+        if ours != theirs:
+            return f"{field} {_short(ours)} simulated, {_short(theirs)} measured"
+    return "nothing"
+
+
+def byte_lines(name: str, panels: Panels, model: Transformer) -> list[Line]:
+    """Question 2 for one policy: KV bytes written, read and freed.
+
+    The simulated side counts tokens of its own decisions and multiplies by the configuration's
+    bytes; all that was written is given back by the end.
+    """
+    per_token = kv_bytes_per_token(model.config, FLOAT32_BYTES)
+    done = work_done(panels.simulated, model.config, per_token)
+    pairs = {
+        "written": (done.kv_bytes_written, panels.real.kv_bytes_written),
+        "read": (done.kv_bytes_read, panels.real.kv_bytes_read),
+        "freed": (done.kv_bytes_written, panels.real.kv_bytes_freed),
+    }
+    return [
+        Line(
+            question="bytes", metric=f"{name}: KV bytes {what}", simulated=f"{ours:,}",
+            measured=f"{theirs:,}", error=abs(ours - theirs), accepted=0,
+            verdict=judge_exact(abs(ours - theirs)),
+        )
+        for what, (ours, theirs) in pairs.items()
+    ]  # fmt: skip
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

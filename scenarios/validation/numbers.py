@@ -1,0 +1,131 @@
+"""Question 3: are the real panel's tokens those of transformers, and how far are the logits apart?"""
+
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from backends.reference import KeepLogits, Reference
+from backends.serving import serve
+from backends.tokenizer import Tokenizer
+from backends.transformer import Transformer
+from scenarios.validation.verdict import Line, Verdict, judge_exact
+from sim.engine import ReplicaLimits
+from sim.policies.batching.base import Batching
+from sim.workload.recorded import Recorded
+from sim.workload.source import Source
+
+LOGITS_ACCEPTED = 1e-3
+"""Largest difference of a logit, float32 on both sides; logits are of the order of ten."""
+NEAR_TIES_ACCEPTED = 1e-3
+"""Share of tokens that may be decided by a margin below twice the logit error."""
+
+OPENINGS = (
+    "Question: what is {}? Answer:",
+    "Once upon a time there was {}, and one day",
+    "Here is a short and simple explanation of {} for a child of ten years:",
+    "A list of three facts about {}. 1.",
+)
+TOPICS = (
+    "the moon", "a steam engine", "photosynthesis", "an honest merchant in a small town", "gravity",
+    "a library", "the Roman Empire", "a compiler", "rain", "a violin", "the number zero", "a glacier",
+    "inflation", "a lighthouse on a lonely island", "bread", "the printing press",
+)  # fmt: skip
+
+
+class Comparison(NamedTuple):
+    """What came out of comparing answers."""
+
+    num_tokens: int
+    wrong: int
+    """Tokens that differ although the reference's margin is clear."""
+    near_ties: int
+    """Tokens that differ where the margin is below twice the logit error."""
+    logit_error: float
+    """Largest difference of any logit on the same tokens."""
+
+
+def prompts(tokenizer: Tokenizer, count: int) -> list[list[int]]:
+    """Token ids of `count` different openings of a text.
+
+    Raises:
+        ValueError: more are asked for than there are.
+    """
+    texts = [opening.format(topic) for topic, opening in product(TOPICS, OPENINGS)]
+    if count > len(texts):
+        raise ValueError(f"prompts={count} must be at most {len(texts)}; ask for fewer")
+    return [tokenizer.encode(text) for text in texts[:count]]
+
+
+def compare(
+    model: Transformer, folder: Path, batching: Batching, num_prompts: int, new_tokens: int
+) -> Comparison:
+    """Answer the prompts with the replica and with transformers, greedily.
+
+    Where a token differs, the reference goes on from the replica's token (teacher forcing), so that
+    every later token is compared too.
+    """
+    asked = prompts(Tokenizer(folder), num_prompts)
+    kept = KeepLogits()
+    longest = max(map(len, asked)) + new_tokens
+    # Room for a part of the requests only: batches change, and some requests are pre-empted.
+    limits = ReplicaLimits(12, 192, 16, max(8, 3 * -(-longest // 16)))
+    few = Recorded(
+        arrival_s=[0.0] * len(asked), prompt_tokens=[len(ids) for ids in asked],
+        output_tokens=[new_tokens] * len(asked),
+    )  # fmt: skip
+    served = serve(
+        model, Source(few, 0, model.max_context), batching, limits,
+        prompts=lambda request: asked[request.request_id], sampler=kept,
+    )  # fmt: skip
+    answers = [served.answers[index] for index in range(len(asked))]
+    reference = Reference(folder, model.device.type)
+    generated = reference.generate(asked, new_tokens)
+    return judge_answers(asked, answers, generated, kept, reference)
+
+
+def judge_answers(
+    asked: list[list[int]], answers: list[list[int]], generated: list[list[int]],
+    kept: KeepLogits, reference: Reference,
+) -> Comparison:  # fmt: skip
+    """Compare answers token by token, with logits on the replica's own tokens."""
+    wanted: list[list[np.ndarray]] = []
+    error = 0.0
+    for index, (prompt, answer) in enumerate(zip(asked, answers, strict=True)):
+        rows = list(reference.logits(prompt, answer))
+        ours = [kept.logits[index, len(prompt) + step] for step in range(len(answer))]
+        error = max(error, *(float(np.abs(a - b).max()) for a, b in zip(ours, rows, strict=True)))
+        wanted.append(rows)
+    wrong = near = 0
+    for answer, expected, rows in zip(answers, generated, wanted, strict=True):
+        for step, token in enumerate(answer):
+            # Up to the first difference `generate` speaks, after it the teacher-forced logits.
+            forced = answer[:step] != expected[:step]
+            best = int(rows[step].argmax()) if forced else expected[step]
+            if token == best:
+                continue
+            margin = float(rows[step][best] - rows[step][token])
+            near += margin < 2 * error
+            wrong += margin >= 2 * error
+    return Comparison(sum(map(len, answers)), wrong, near, error)
+
+
+def number_lines(name: str, found: Comparison, num_prompts: int) -> list[Line]:
+    """Question 3 for one policy."""
+    share = found.near_ties / found.num_tokens
+    missed = found.wrong + (found.near_ties if share > NEAR_TIES_ACCEPTED else 0)
+    close = found.logit_error <= LOGITS_ACCEPTED
+    return [
+        Line(
+            question="numbers", metric=f"{name}: greedy tokens that differ from transformers'",
+            simulated=f"{found.num_tokens} reference", measured=f"{found.num_tokens} replica",
+            error=found.wrong + found.near_ties, accepted=0, verdict=judge_exact(missed),
+            note=f"{num_prompts} prompts, {found.near_ties} near ties",
+        ),
+        Line(
+            question="numbers", metric=f"{name}: largest difference of a logit",
+            simulated="", measured=f"{found.logit_error:.1e}", error=found.logit_error,
+            accepted=LOGITS_ACCEPTED, verdict=Verdict.passed if close else Verdict.missed,
+        ),
+    ]  # fmt: skip

@@ -1,0 +1,54 @@
+"""One line of the validation table, and the rule that judges it."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Verdict(Enum):
+    """What a line says. Only a miss makes the command exit with 1."""
+
+    passed = "passed"
+    missed = "missed"
+    too_noisy = "too noisy"
+    not_run = "not run"
+    reported = "reported"
+    """A figure without an acceptance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A comparison of the two panels."""
+
+    question: str
+    """decisions, bytes, numbers or time."""
+    metric: str
+    simulated: str
+    measured: str
+    error: float | None
+    """A count of differences for exact questions, else relative."""
+    low: float | None = None
+    """95 % interval of the error."""
+    high: float | None = None
+    accepted: float | None = None
+    verdict: Verdict
+    note: str = ""
+
+
+def judge_exact(differences: int) -> Verdict:
+    """Exact questions pass without any difference."""
+    return Verdict.missed if differences else Verdict.passed
+
+
+def judge_error(error: float, low: float, high: float, accepted: float | None) -> Verdict:
+    """Judge an error with its interval.
+
+    Too noisy: half the interval's width is over half the acceptance, and the error is not so large
+    that the whole interval misses.
+    """
+    if accepted is None:
+        return Verdict.reported
+    if low > accepted:
+        return Verdict.missed
+    if (high - low) / 2 > accepted / 2:
+        return Verdict.too_noisy
+    return Verdict.passed if error <= accepted else Verdict.missed
