@@ -1,13 +1,10 @@
 """What the tests of the simulated replica share: policies, costs, random loads and runs."""
 
-import importlib
-import pkgutil
 from typing import NamedTuple
 
 import numpy as np
 from hypothesis import strategies as st
 
-import sim.policies.batching
 from hardware_models.calibration import FittedIteration
 from sim.costs.base import IterationCost, decode_shape
 from sim.costs.fitted import Fitted
@@ -16,6 +13,7 @@ from sim.engine import ReplicaLimits
 from sim.models.architecture import load_architecture
 from sim.models.work import IterationShape
 from sim.policies.batching.base import Batching
+from sim.policies.registry import policies
 from sim.processes.pace import Costed
 from sim.processes.replica import simulate
 from sim.trace import Trace
@@ -35,15 +33,10 @@ OTHER_SETTINGS = {
 def batching_policies() -> dict[str, Batching]:
     """Every rule in the batching folder at its defaults, and at some other settings."""
     found: dict[str, Batching] = {}
-    for module_info in pkgutil.iter_modules(sim.policies.batching.__path__):
-        name = module_info.name
-        module = importlib.import_module(f"sim.policies.batching.{name}")
-        for policy in vars(module).values():
-            ours = isinstance(policy, type) and policy.__module__ == module.__name__
-            if ours and issubclass(policy, Batching) and not policy.__abstractmethods__:
-                found[name] = policy()
-                for fields in OTHER_SETTINGS.get(name, []):
-                    found[f"{name}-{fields}"] = policy(**fields)
+    for name, policy in policies("batching").items():
+        found[name] = policy()
+        for fields in OTHER_SETTINGS.get(name, []):
+            found[f"{name}-{fields}"] = policy(**fields)
     return found
 
 

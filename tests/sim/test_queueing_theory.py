@@ -62,7 +62,9 @@ def test_exponential_service_is_m_m_1_with_the_rounding_of_lengths_by_pollaczek_
     assert wait_s == pytest.approx(exact_s, abs=3 * error_s)
 
 
-@pytest.mark.parametrize("cost", [Grid(0.5), tiny_roofline(), tiny_fit()], ids=repr)
+@pytest.mark.parametrize(
+    "cost", [Grid(0.5), tiny_roofline(), tiny_fit()], ids=["grid", "roofline", "fitted"]
+)
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_single_request_takes_its_prefill_and_its_decodes(name: str, cost: IterationCost) -> None:
     trace = serve(recorded([(0.0, 5, 30)]), POLICIES[name], cost=cost)
