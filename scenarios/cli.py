@@ -34,7 +34,11 @@ Studies, policies, models and hardware of your own are found in --config-dir DIR
 of the variable DIPTYCH_PATH. `diptych run` without -cn lists the studies."""
 
 
-HELP = {"-h", "--help"}
+HELP = {"-h", "--help", "help"}
+EXPLAIN_THEMSELVES = {"calibrate"}
+"""Commands that answer --help with their own keys."""
+MODULES = {"list": "listing"}
+"""Commands whose module has another name."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,18 +60,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    if not arguments or HELP.intersection(arguments) or arguments[0] == "help":
-        commands = "\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())
-        sys.stdout.write(USAGE.format(commands=commands) + "\n")
+    if not arguments or arguments[0] in HELP:
+        sys.stdout.write(_usage())
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in COMMANDS:
         near = get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"command {name!r} is not known; {hint}there are: {', '.join(COMMANDS)}")
-    module = {"list": "listing"}.get(name, name)
-    command: Callable[[list[str]], int] = import_module(f"scenarios.{module}").main
+    if HELP.intersection(rest) and name not in EXPLAIN_THEMSELVES:
+        sys.stdout.write(_usage())
+        return 0
+    module = import_module(f"scenarios.{MODULES.get(name, name)}")
+    command: Callable[[list[str]], int] = module.main
     return command(rest)
+
+
+def _usage() -> str:
+    commands = "\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())
+    return USAGE.format(commands=commands) + "\n"
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

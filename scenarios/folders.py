@@ -11,14 +11,15 @@ from pathlib import Path
 CONF = Path(__file__).parent / "conf"
 """Shipped studies."""
 VARIABLE = "DIPTYCH_PATH"
+OWN = Path("~/.config/diptych")
+"""Searched last, where it exists: `diptych calibrate` writes there."""
 FLAGS = ("--config-dir", "-cd")
 
 
 def user_folders(config_dir: str | None = None) -> list[Path]:
     """Folders to search before the shipped parts, the first one wins.
 
-    In this order: `config_dir` (of `--config-dir`), those of DIPTYCH_PATH, and ~/.config/diptych
-    where it exists, to which `diptych calibrate` writes.
+    In this order: `config_dir` (of `--config-dir`), those of DIPTYCH_PATH, and `OWN`.
 
     Raises:
         ValueError: a named folder does not exist.
@@ -31,10 +32,8 @@ def user_folders(config_dir: str | None = None) -> list[Path]:
         if not folder.is_dir():
             raise ValueError(f"{origin}={text} must be a folder and is not; correct the path")
         found.append(folder)
-    own = Path.home() / ".config" / "diptych"
-    if own.is_dir():
-        found.append(own)
-    return found
+    own = OWN.expanduser()
+    return [*found, own] if own.is_dir() else found
 
 
 def config_dir_of(argv: Sequence[str]) -> str | None:

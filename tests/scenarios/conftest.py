@@ -3,20 +3,18 @@ import pytest
 from scenarios import folders
 from scenarios.cli import main
 
-FEW = ("workload.num_requests=24", "seeds=[0]")
 
-
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """An empty folder to run in, and no folders of the user's own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(folders, "OWN", tmp_path / "no_such_folder")
     monkeypatch.delenv(folders.VARIABLE, raising=False)
     return tmp_path
 
 
 @pytest.fixture
-def diptych(capfd):
+def diptych(workplace, capfd):
     """Run a command line in this process: (exit code, output, errors)."""
 
     def run(*arguments):

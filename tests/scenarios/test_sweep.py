@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from scenarios import rows
+
 FEW = ("workload.num_requests=24", "seeds=[0,1]")
 # A model that does not fit is refused when the point runs, not when it is composed.
 SWEEP = ("run", "-m", "-cn", "replica", *FEW, "model=llama_3_8b,llama_3_70b",
@@ -51,35 +53,28 @@ def test_the_sweep_of_the_study_is_the_default_and_the_command_line_wins(diptych
     assert len(list(Path("o/rows").iterdir())) == 1
 
 
-def test_numbers_sort_by_size(diptych):
-    diptych("run", "-m", "-cn", "replica", *FEW, "policy/batching=continuous",
-            "workload.rate_per_s=10,2,1", "out=o")  # fmt: skip
-    found = table("o")
-    assert [row["workload.rate_per_s"] for row in found] == ["1", "2", "10"]
+def test_numbers_sort_by_size(workplace):
+    for rate in ("10", "2", "1", "0.5"):
+        row = {"choices": {"policy/batching": "static", "rate": rate}, "error": "", "figures": {}}
+        rows.write(workplace / rows.FOLDER / f"{rate}.json", row)
+    found = [row["choices"]["rate"] for row in rows.read(workplace)]
+    assert found == ["0.5", "1", "2", "10"]
 
 
-def test_resume_does_the_rest_and_nothing_twice(diptych):
-    arguments = ("run", "-m", "-cn", "replica", *FEW, "policy/batching=static,continuous", "out=o")
+def test_resume_does_what_is_missing_or_changed_and_nothing_else(diptych):
+    arguments = ("run", "-m", "-cn", "replica", *FEW, "out=o",
+                 "policy/batching=static,continuous,chunked_prefill")  # fmt: skip
     diptych(*arguments)
     before = tables("o")
-    lost, kept = sorted(Path("o/rows").iterdir())
+    lost, stale, kept = sorted(Path("o/rows").iterdir())
     lost.unlink()
+    stale.write_text(json.dumps({**json.loads(stale.read_text()), "configuration": "another"}))
     stamp = kept.stat().st_mtime_ns
     code, _, errors = diptych(*arguments, "resume=true")
     assert code == 0
-    assert errors.count("done: ") == 1
+    assert errors.count("done: ") == 2
     assert tables("o") == before
     assert kept.stat().st_mtime_ns == stamp
-
-
-def test_resume_does_a_point_again_whose_configuration_changed(diptych):
-    arguments = ("run", "-m", "-cn", "replica", "seeds=[0]", "policy/batching=static", "out=o")
-    diptych(*arguments, "workload.num_requests=24")
-    path = next(Path("o/rows").iterdir())
-    row = json.loads(path.read_text())
-    path.write_text(json.dumps({**row, "configuration": "another"}))
-    _, _, errors = diptych(*arguments, "workload.num_requests=24", "resume=true")
-    assert errors.count("done: ") == 1
 
 
 @pytest.mark.parametrize(
