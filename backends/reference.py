@@ -36,6 +36,9 @@ class Reference:
     def __init__(self, folder: Path, device: str) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
         torch.backends.cuda.matmul.allow_tf32 = False
         self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

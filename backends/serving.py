@@ -36,7 +36,9 @@ def use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def open_model(source: str, device: str, progress: Progress | None = None) -> tuple[Model, Transformer]:
+def open_model(
+    source: str, device: str, progress: Progress | None = None
+) -> tuple[Model, Transformer]:
     """Load weights (`random` for the tiny model) and lay them out on a device, in float32.
 
     Raises:

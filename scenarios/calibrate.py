@@ -1,4 +1,4 @@
-"""`diptych calibrate`: measure this machine, fit the iteration cost, write the node this_machine."""
+"""`diptych calibrate`: measure this machine, fit the iteration cost, write its node file."""
 
 import datetime
 import os
@@ -98,9 +98,7 @@ def calibrate(weights: str, device: str, repeats: int, path: Path) -> Node:
         progress.remove_task(loading)
         total = (repeats + 1) * (len(train) + len(heldout))
         task = progress.add_task("timing iterations", total=total)
-        measured = measure(
-            transformer, [*train, *heldout], repeats, lambda: progress.advance(task)
-        )
+        measured = measure(transformer, [*train, *heldout], repeats, lambda: progress.advance(task))
     fit = fit_iteration(measured[: len(train)], measured[len(train) :], "fp32")
     print_name = fingerprint(device)
     fits = _kept_fits(path, print_name, str(torch.__version__))

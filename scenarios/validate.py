@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from scenarios import calibrate
 from scenarios.compose import compose_config, parse, studies, typed
 from scenarios.tables import console, grid
-from scenarios.validation.options import Fault, Options, Question, split
+from scenarios.validation.options import Fault, Options, Question, split, with_short_chunks
 from scenarios.validation.verdict import Line, Verdict
 from sim.policies.batching.base import Batching
 from sim.provenance import provenance
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from backends.transformer import Transformer
     from scenarios.validation.timing import Runs
 
-WEIGHTS = "smollm2"
 COLOURS = {
     Verdict.passed: "green", Verdict.missed: "bold red", Verdict.too_noisy: "yellow",
     Verdict.not_run: "dim", Verdict.reported: "dim",
@@ -39,8 +38,7 @@ class Plan(NamedTuple):
     study: str
     options: Options
     policies: dict[str, Batching]
-    timed: dict[str, Batching]
-    """The same policies with the token budget of the timed runs."""
+    """Each with a token budget that cuts the short prompts of the validation."""
     accept: dict[str, float]
     out: Path
 
@@ -69,20 +67,14 @@ def _plan(argv: Sequence[str]) -> Plan | None:
     names = _policy_names(command.study, overrides, command.config_dir)
     rest = [text for text in overrides if not text.startswith("policy/batching=")]
     policies: dict[str, Batching] = {}
-    timed: dict[str, Batching] = {}
     accept: dict[str, float] = {}
     for name in names:
-        for target in (policies, timed):
-            chosen = [*rest, f"policy/batching={name}"]
-            study = typed(compose_config(command.study, chosen, command.config_dir))
-            target[name] = study.policy.batching
-            accept = dict(study.accept)
-        if getattr(timed[name], "chunk_tokens", 0) is None:
-            from scenarios.validation.timing import CHUNK_TOKENS
-
-            timed[name].chunk_tokens = CHUNK_TOKENS
+        chosen = [*rest, f"policy/batching={name}"]
+        study = typed(compose_config(command.study, chosen, command.config_dir))
+        policies[name] = with_short_chunks(study.policy.batching)
+        accept = dict(study.accept)
     out = Path(options.out or Path("runs") / command.study / "validation")
-    return Plan(command.study, options, policies, timed, accept, out)
+    return Plan(command.study, options, policies, accept, out)
 
 
 def _policy_names(study: str, overrides: Sequence[str], config_dir: str | None) -> list[str]:
@@ -118,10 +110,10 @@ def _answer(plan: Plan) -> tuple[list[Line], bool]:
         with Progress(*columns, console=console(errors=True), transient=True) as progress:
             task = progress.add_task("loading the model", total=None)
             model, transformer = open_model(
-                WEIGHTS, device, lambda text: progress.update(task, description=text)
+                plan.options.weights, device, lambda text: progress.update(task, description=text)
             )
             progress.remove_task(task)
-            if Question.numbers in asked and model.folder is not None:
+            if Question.numbers in asked:
                 lines += _numbers(plan, transformer, model.folder, progress)
             if fit is not None:
                 runs, timing = _time(plan, transformer, fit, progress)
@@ -138,7 +130,7 @@ def _decisions_and_bytes(
     plan: Plan, tiny: "Transformer", asked: set[Question], progress: "Progress"
 ) -> list[Line]:
     from backends.kv_cache import Corruption
-    from scenarios.validation.decisions import byte_lines, decision_line, run_both
+    from scenarios.validation.decisions import exact_lines
 
     count = plan.options.sizes.decision_requests
     fault = plan.options.corrupt
@@ -151,25 +143,26 @@ def _decisions_and_bytes(
             corruption = Corruption(kind="skip_free", index=count // 2)
         elif fault is Fault.drop_copy:
             corruption = Corruption(kind="drop_copy", index=count * 20)
-        panels = run_both(tiny, batching, count, plan.options.seed, corruption)
-        if Question.decisions in asked:
-            lines.append(decision_line(name, panels))
-        if Question.bytes in asked:
-            lines += byte_lines(name, panels, tiny)
+        found = exact_lines(name, tiny, batching, count, plan.options.seed, corruption)
+        lines += [line for line in found if Question(line.question) in asked]
         progress.advance(task)
     return lines
 
 
 def _numbers(
-    plan: Plan, transformer: "Transformer", folder: Path, progress: "Progress"
+    plan: Plan, transformer: "Transformer", folder: Path | None, progress: "Progress"
 ) -> list[Line]:
+    from backends.reference import Reference
     from scenarios.validation.numbers import compare, number_lines
 
+    if folder is None:
+        return [_not_run(Question.numbers, f"weights={plan.options.weights} has no reference")]
     sizes = plan.options.sizes
+    reference = Reference(folder, plan.options.device.value)
     lines: list[Line] = []
-    task = progress.add_task("numbers", total=len(plan.timed))
-    for name, batching in plan.timed.items():
-        found = compare(transformer, folder, batching, sizes.prompts, sizes.new_tokens)
+    task = progress.add_task("numbers", total=len(plan.policies))
+    for name, batching in plan.policies.items():
+        found = compare(transformer, folder, reference, batching, sizes.prompts, sizes.new_tokens)
         lines += number_lines(name, found, sizes.prompts)
         progress.advance(task)
     return lines
@@ -179,11 +172,11 @@ def _fit(plan: Plan):
     """The stored calibration of this machine, or a new one."""
     path = calibrate.node_path(plan.options.calibration)
     device = plan.options.device.value
-    fit = calibrate.stored(path, WEIGHTS, device)
+    fit = calibrate.stored(path, plan.options.weights, device)
     if fit is None:
         console(errors=True).print(f"no calibration of this machine in {path}: calibrating first")
-        calibrate.calibrate(WEIGHTS, device, calibrate.Options().repeats, path)
-        fit = calibrate.stored(path, WEIGHTS, device)
+        calibrate.calibrate(plan.options.weights, device, calibrate.Options().repeats, path)
+        fit = calibrate.stored(path, plan.options.weights, device)
         assert fit is not None
     return fit
 
@@ -199,10 +192,10 @@ def _time(
     cost, sizes, seed = Fitted(fit), plan.options.sizes, plan.options.seed
     rate = plan.options.load * timing.capacity_per_s(cost)
     requests = timing.workload(rate, sizes.time_requests)
-    runs = timing.Runs({name: [] for name in plan.timed})
-    task = progress.add_task("time", total=sizes.repeats * len(plan.timed))
+    runs = timing.Runs({name: [] for name in plan.policies})
+    task = progress.add_task("time", total=sizes.repeats * len(plan.policies))
     for repeat in range(sizes.repeats):  # variants interleaved: A B C A B C
-        for name, batching in plan.timed.items():
+        for name, batching in plan.policies.items():
             again = Source(requests, seed + repeat, timing.CONTEXT)
             measured = serve(transformer, again, batching, timing.LIMITS, seed=seed + repeat).trace
             again = Source(requests, seed + repeat, timing.CONTEXT)

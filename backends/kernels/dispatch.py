@@ -15,8 +15,8 @@ warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION is unset")
 
 def _load_triton() -> tuple[Any, Any]:
     try:
-        import triton  # noqa: PLC0415 - the reference must work without it
-        import triton.language  # noqa: PLC0415
+        import triton
+        import triton.language
     except ModuleNotFoundError:  # no wheel for macOS and Windows: `jit` must still decorate
         return SimpleNamespace(jit=lambda function: function), None
     return triton, triton.language

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from backends.kv_cache import Corruption
 from backends.serving import Served, serve
 from backends.transformer import Transformer
-from scenarios.validation.verdict import Line, judge_exact
+from scenarios.validation.verdict import Line, Verdict, judge_exact
 from sim.decision_rows import Decision, expand
 from sim.engine import ReplicaLimits
 from sim.models.parameters import kv_bytes_per_token
@@ -23,7 +23,7 @@ from sim.workload.poisson import Poisson
 from sim.workload.recorded import replayed
 from sim.workload.source import Source
 
-LIMITS = ReplicaLimits(max_num_seqs=16, max_num_batched_tokens=128, block_size=16, num_blocks=24)
+LIMITS = ReplicaLimits(max_num_seqs=16, max_num_batched_tokens=512, block_size=16, num_blocks=24)
 """A pool of 384 tokens for requests of up to 256: it runs out all the time."""
 CONTEXT = 256
 FLOAT32_BYTES = 4
@@ -60,6 +60,28 @@ def replay(real: Trace, batching: Batching, limits: ReplicaLimits, context: int)
     again = replayed(requests["arrival_s"], requests["prompt_tokens"], requests["output_tokens"])
     pace = Replayed(real.decisions["instant_s"].tolist(), float(real.iterations["end_s"][-1]))
     return simulate(Source(again, 0, context), batching, limits, pace, one_by_one=True)
+
+
+def exact_lines(
+    name: str, model: Transformer, batching: Batching, num_requests: int, seed: int,
+    corruption: Corruption | None = None,
+) -> list[Line]:  # fmt: skip
+    """Questions 1 and 2 for one policy.
+
+    A real panel that contradicts itself, as a corrupted cache does, may stop with an error: that is
+    a miss as well.
+    """
+    try:
+        panels = run_both(model, batching, num_requests, seed, corruption)
+    except ValueError as error:
+        return [
+            Line(
+                question="decisions", metric=f"{name}: decisions that differ", simulated="",
+                measured="stopped", error=None, accepted=0, verdict=Verdict.missed,
+                note=f"a panel stopped: {error}",
+            )
+        ]  # fmt: skip
+    return [decision_line(name, panels), *byte_lines(name, panels, model)]
 
 
 def decision_line(name: str, panels: Panels) -> Line:

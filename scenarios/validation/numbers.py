@@ -1,4 +1,4 @@
-"""Question 3: are the real panel's tokens those of transformers, and how far are the logits apart?"""
+"""Question 3: are the real panel's tokens those of transformers, and how far apart are logits?"""
 
 from itertools import product
 from pathlib import Path
@@ -29,8 +29,8 @@ OPENINGS = (
 )
 TOPICS = (
     "the moon", "a steam engine", "photosynthesis", "an honest merchant in a small town", "gravity",
-    "a library", "the Roman Empire", "a compiler", "rain", "a violin", "the number zero", "a glacier",
-    "inflation", "a lighthouse on a lonely island", "bread", "the printing press",
+    "a library", "the Roman Empire", "a compiler", "rain", "a violin", "the number zero",
+    "a glacier", "inflation", "a lighthouse on a lonely island", "bread", "the printing press",
 )  # fmt: skip
 
 
@@ -59,8 +59,9 @@ def prompts(tokenizer: Tokenizer, count: int) -> list[list[int]]:
 
 
 def compare(
-    model: Transformer, folder: Path, batching: Batching, num_prompts: int, new_tokens: int
-) -> Comparison:
+    model: Transformer, folder: Path, reference: Reference, batching: Batching,
+    num_prompts: int, new_tokens: int,
+) -> Comparison:  # fmt: skip
     """Answer the prompts with the replica and with transformers, greedily.
 
     Where a token differs, the reference goes on from the replica's token (teacher forcing), so that
@@ -80,7 +81,6 @@ def compare(
         prompts=lambda request: asked[request.request_id], sampler=kept,
     )  # fmt: skip
     answers = [served.answers[index] for index in range(len(asked))]
-    reference = Reference(folder, model.device.type)
     generated = reference.generate(asked, new_tokens)
     return judge_answers(asked, answers, generated, kept, reference)
 

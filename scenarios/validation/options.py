@@ -1,12 +1,15 @@
 """What `diptych validate` takes beside the study: profile, device, what to run, where to write."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from sim.policies.batching.base import Batching
+from sim.policies.batching.chunked_prefill import ChunkedPrefill
 
 
 class Profile(Enum):
@@ -56,6 +59,9 @@ class Sizes:
     """Timed runs of each policy."""
 
 
+CHUNK_TOKENS = 16
+"""Token budget of policies that cut prompts: half a prompt of the timed runs."""
+
 QUICK = Sizes(decision_requests=200, prompts=32, new_tokens=12, time_requests=30, repeats=3)
 FULL = Sizes(decision_requests=1000, prompts=64, new_tokens=32, time_requests=200, repeats=5)
 
@@ -74,6 +80,9 @@ class Options:
     """Questions to ask; the others are `not run`."""
     seed: int = 0
     """Of the workloads and prompts."""
+    weights: str = "smollm2"
+    """Model of the numbers and the timed runs: smollm2, random (the tiny one; its numbers are not
+    run, for want of a reference) or a Hugging Face folder."""
     load: float = 0.6
     """Offered load of the timed runs, as a share of the calibrated capacity."""
     calibration: str | None = None
@@ -107,6 +116,13 @@ class Options:
         base = QUICK if self.profile is Profile.quick else FULL
         chosen = {name: getattr(self, name) or getattr(base, name) for name in SIZE_NAMES}
         return Sizes(**chosen)
+
+
+def with_short_chunks(batching: Batching) -> Batching:
+    """The policy, cutting the short prompts of the validation unless the study says otherwise."""
+    if isinstance(batching, ChunkedPrefill) and batching.chunk_tokens is None:
+        return replace(batching, chunk_tokens=CHUNK_TOKENS)
+    return batching
 
 
 SIZE_NAMES = tuple(item.name for item in fields(Sizes))

@@ -31,8 +31,6 @@ PROMPT_TOKENS = 32
 OUTPUT_TOKENS = 12
 LIMITS = ReplicaLimits(max_num_seqs=16, max_num_batched_tokens=128, block_size=16, num_blocks=128)
 CONTEXT = 256
-CHUNK_TOKENS = 16
-"""Token budget of policies that cut prompts: half a prompt."""
 PREFILL_SHARE_NEEDED = 0.05
 """Least share of gaps with a prefill under `continuous` for which the ITL ratio means anything."""
 KINDS = {1: "prefill", 2: "decode", 3: "mixed"}
@@ -76,7 +74,9 @@ def predict(source: Source, batching: Batching, cost: IterationCost) -> Trace:
     return simulate(source, batching, LIMITS, Costed(cost))
 
 
-def time_lines(runs: Runs, cost: IterationCost, accept: Mapping[str, float], seed: int) -> list[Line]:
+def time_lines(
+    runs: Runs, cost: IterationCost, accept: Mapping[str, float], seed: int
+) -> list[Line]:
     """Every line of question 4."""
     lines: list[Line] = []
     for name, repeats in runs.by_policy.items():
@@ -153,10 +153,7 @@ def _ratio_lines(
     """The p99 ITL of chunked_prefill over that of continuous: what the policy is about."""
     share, share_low, share_high = prefill_share([run.measured for run in continuous], seed)
     samples = [
-        [
-            np.stack(gaps)
-            for gaps in zip(*(_gaps(trace) for trace in (*one, *other)), strict=True)
-        ]
+        [np.stack(gaps) for gaps in zip(*(_gaps(trace) for trace in (*one, *other)), strict=True)]
         for one, other in zip(continuous, chunked, strict=True)
     ]
     pooled = np.concatenate([row for repeat in samples for row in repeat], axis=1)

