@@ -46,7 +46,7 @@ def heldout_batches() -> list[BatchPlan]:
     """Batches that judge the fit: other sizes, uneven contexts, other mixtures."""
     decodes = [
         BatchPlan(contexts=tuple(context + 5 * index for index in range(batch)))
-        for batch, context in ((1, 60), (2, 150), (5, 30), (7, 80), (10, 55), (14, 90), (20, 70))
+        for batch, context in ((1, 60), (2, 150), (5, 62), (7, 80), (10, 55), (14, 90), (20, 70))
     ]
     prefills = [BatchPlan(chunks=((tokens, 0),)) for tokens in (7, 24, 40, 70, 110, 170)]
     several = [
