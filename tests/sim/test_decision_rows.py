@@ -17,7 +17,7 @@ from sim.policies.batching.continuous import Continuous
 TWO = Case(recorded([(0, 4, 4), (0, 4, 3)]), ReplicaLimits(4, 64, 4, 99), Grid(0.5))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(case=cases())
 def test_canonical_form_is_reached_in_one_step_and_loses_no_decision(case: Case) -> None:
     for policy in POLICIES.values():
@@ -28,7 +28,7 @@ def test_canonical_form_is_reached_in_one_step_and_loses_no_decision(case: Case)
         assert len(short.decisions["repeat"]) <= len(trace.decisions["repeat"])
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(case=cases())
 def test_single_decisions_are_the_rows_of_a_run_that_goes_one_by_one(case: Case) -> None:
     for policy in POLICIES.values():
@@ -40,7 +40,7 @@ def test_single_decisions_are_the_rows_of_a_run_that_goes_one_by_one(case: Case)
         assert all(decision.observed is not None for decision in expand(slow))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(case=cases())
 def test_decoded_tokens_of_single_decisions_are_those_of_the_requests(case: Case) -> None:
     for policy in POLICIES.values():

@@ -10,7 +10,7 @@ from sim.trace import State
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@settings(max_examples=120)
+@settings(max_examples=80)
 @given(case=cases())
 def test_macro_steps_equal_single_steps_bit_for_bit(name: str, case: Case) -> None:
     fast = run_case(case, POLICIES[name])

@@ -39,7 +39,7 @@ def replay(case: Case, name: str, *, one_by_one: bool) -> tuple[Trace, Trace]:
 
 @pytest.mark.parametrize("one_by_one", [True, False])
 @pytest.mark.parametrize("name", POLICIES)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(case=cases())
 def test_replay_gives_equal_decisions(name: str, one_by_one: bool, case: Case) -> None:
     trace, again = replay(case, name, one_by_one=one_by_one)

@@ -19,7 +19,7 @@ def law(check: Callable[[Case, Trace], None]) -> Callable[[str], None]:
     """Run a check of (case, trace) on random loads under every policy."""
 
     @EVERY_POLICY
-    @settings(max_examples=25)
+    @settings(max_examples=15)
     @given(case=cases())
     def test(name: str, case: Case) -> None:
         check(case, run_case(case, POLICIES[name], one_by_one=True))
