@@ -142,6 +142,16 @@ def matmul_flops_per_s() -> float:
     return 2 * size**3 / min(_timed(lambda: left @ right) for _ in range(5))
 
 
+def torch_version() -> str:
+    """Version of torch: another one has other kernels, and makes a calibration void."""
+    return str(torch.__version__)
+
+
+def num_threads() -> int:
+    """Threads that torch computes with."""
+    return torch.get_num_threads()
+
+
 def gpu_name() -> str:
     """What CUDA calls the device."""
     return torch.cuda.get_device_name()

@@ -93,9 +93,7 @@ def serve(  # noqa: PLR0913  the parts of an engine
         trace = replica.serve(source)
     finally:
         gc.unfreeze()
-    return Served(
-        trace, replica.answers, cache.written_bytes, cache.read_bytes, cache.freed_bytes
-    )
+    return Served(trace, replica.answers, cache.written_bytes, cache.read_bytes, cache.freed_bytes)
 
 
 def warm_up(model: Transformer, limits: ReplicaLimits) -> None:

@@ -109,7 +109,7 @@ def _prefixed(edge: Edge, prefix: str) -> Edge:
 
 def _graph(edges: list[Edge]) -> "Graph[str]":
     # Here and not above: networkx takes longer to import than a small simulation to run.
-    import networkx  # noqa: PLC0415
+    import networkx
 
     graph: Any = cast(Any, networkx).Graph()
     for edge in edges:

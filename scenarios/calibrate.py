@@ -82,10 +82,9 @@ def calibrate(weights: str, device: str, repeats: int, path: Path) -> Node:
     Raises:
         ValueError: no such model or device.
     """
-    import torch
     from rich.progress import Progress
 
-    from backends.calibration import fingerprint, measure
+    from backends.calibration import fingerprint, measure, num_threads, torch_version
     from backends.serving import open_model, use_one_thread
 
     use_one_thread()
@@ -100,13 +99,13 @@ def calibrate(weights: str, device: str, repeats: int, path: Path) -> Node:
         task = progress.add_task("timing iterations", total=total)
         measured = measure(transformer, [*train, *heldout], repeats, lambda: progress.advance(task))
     fit = fit_iteration(measured[: len(train)], measured[len(train) :], "fp32")
-    print_name = fingerprint(device)
-    fits = _kept_fits(path, print_name, str(torch.__version__))
+    identity = fingerprint(device)
+    fits = _kept_fits(path, identity, torch_version())
     fits[MODEL_NAMES.get(weights, model.name)] = fit
     calibration = Calibration(
-        fingerprint=print_name,
-        torch_version=str(torch.__version__),
-        threads=torch.get_num_threads(),
+        fingerprint=identity,
+        torch_version=torch_version(),
+        threads=num_threads(),
         models=fits,
     )
     node = describe_machine(device, calibration)
@@ -116,16 +115,14 @@ def calibrate(weights: str, device: str, repeats: int, path: Path) -> Node:
 
 def stored(path: Path, weights: str, device: str) -> FittedIteration | None:
     """The fit of a node file, if it is of this machine, this torch and this model."""
-    import torch
-
-    from backends.calibration import fingerprint
+    from backends.calibration import fingerprint, torch_version
 
     if not path.exists():
         return None
     calibration = read_node(path).calibration
     if calibration is None or calibration.fingerprint != fingerprint(device):
         return None
-    if calibration.torch_version != str(torch.__version__):
+    if calibration.torch_version != torch_version():
         return None
     return calibration.models.get(MODEL_NAMES.get(weights, weights))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from scenarios import tables
 from scenarios.saved import Saved, load
-from scenarios.saving import Figure
+from sim.result import Figure
 
 SKIPPED = ("num_requests", "counted_requests", "overloaded")
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from scenarios import tables
-from scenarios.saving import Figure, digest, whole_file, write_json
+from scenarios.saving import digest
+from sim.files import whole_file, write_json
+from sim.result import Figure, plain
 
 FOLDER = "rows"
 TABLE = "sweep.csv"
@@ -52,7 +54,7 @@ def slug(chosen: Mapping[str, str]) -> str:
 
 def write(path: Path, row: Row) -> None:
     """Write a row, complete or not at all."""
-    write_json(path, row)
+    write_json(path, plain(row))
 
 
 def read(root: Path) -> list[Row]:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from scenarios import tables
 from scenarios.compose import Command, compose_study, parse
-from scenarios.saving import default_folder, figures_of, kind, require_result_folder, save
+from scenarios.saving import default_folder, save
 from scenarios.study import Save, Study
 from sim.api import check, run
-from sim.result import Result
+from sim.result import Result, kind, require_result_folder
 from sim.scenario import Scenario
 
 
@@ -61,7 +61,7 @@ def simulate(scenario: Scenario, *, progress: bool = True) -> Result:
 
 def show(result: Result) -> None:
     """Print a result: what ran, its figures, what its costs rest on."""
-    scenario, figures = result.scenario, figures_of(result)
+    scenario, figures = result.scenario, result.intervals()
     machine = scenario.node or scenario.gpu
     rules = ", ".join(kind(rule) for rule in vars(scenario.policy).values())
     counted = tables.number(figures["counted_requests"].mean)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scenarios.saving import SUMMARY, Figure
+from sim.result import SUMMARY, Figure
 from sim.trace import Trace
 from sim.trace_files import load_trace
 

@@ -21,9 +21,10 @@ from scenarios import rows, tables
 from scenarios.compose import DROPS, Command, compose_config, explain, typed
 from scenarios.folders import CONF, user_folders
 from scenarios.register import SCHEMA, register
-from scenarios.saving import configuration, digest, figures_of, save
+from scenarios.saving import digest, save
 from scenarios.study import Save
 from sim.policies.registry import USER_MODULES
+from sim.result import configuration
 
 HYDRA_SETTINGS = (
     "hydra/job_logging=disabled",
@@ -79,7 +80,7 @@ def point(config: DictConfig) -> None:
         from scenarios.run import simulate
 
         result = simulate(study.scenario, progress=False)
-        row["figures"] = rows.figures(figures_of(result))
+        row["figures"] = rows.figures(result.intervals())
         save(result, root / "points" / rows.slug(overrides), study.save or Save.summary)
     except Exception as error:  # a policy of the user's own may raise anything
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from scenarios.saving import Figure
+from sim.result import Figure
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -3,9 +3,6 @@
 Exit code 0 unless a line missed (1) or the command was refused (2).
 """
 
-import json
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +13,7 @@ from scenarios.compose import compose_config, parse, studies, typed
 from scenarios.tables import console, grid
 from scenarios.validation.options import Fault, Options, Question, split, with_short_chunks
 from scenarios.validation.verdict import Line, Verdict
+from sim.files import write_json
 from sim.policies.batching.base import Batching
 from sim.provenance import provenance
 from sim.result import plain
@@ -50,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     lines, picture = _answer(plan)
     _show(plan, lines)
-    _write(plan, lines, picture)
+    _write(plan, lines)
     console().print(f"written to {plan.out}: validation.json" + (", timeline.png" * bool(picture)))
     return int(any(line.verdict is Verdict.missed for line in lines))
 
@@ -253,19 +251,12 @@ def _errors(line: Line) -> Iterator[str]:
     yield "" if line.accepted is None else style.format(line.accepted)
 
 
-def _write(plan: Plan, lines: Sequence[Line], picture: bool) -> None:
-    """Write validation.json under a temporary name, then rename it."""
-    del picture
-    plan.out.mkdir(parents=True, exist_ok=True)
+def _write(plan: Plan, lines: Sequence[Line]) -> None:
+    """Write validation.json."""
     content = {
         "study": plan.study,
         "options": asdict(plan.options),
         "lines": [asdict(line) for line in lines],
         "provenance": provenance(),
     }
-    handle, name = tempfile.mkstemp(dir=plan.out, prefix=".validation-", suffix=".json")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(plain(content), file, indent=2)
-        file.write("\n")
-    Path(name).chmod(0o644)
-    Path(name).replace(plan.out / "validation.json")
+    write_json(plan.out / "validation.json", plain(content))

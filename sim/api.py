@@ -1,5 +1,9 @@
 """The plain Python door: `run(scenario) -> Result`, as notebooks use it."""
 
+import warnings
+
+import numpy as np
+
 from sim.costs.fitted import Fitted
 from sim.policies.instance_plan.base import InstancePlan
 from sim.processes.pace import Costed
@@ -23,6 +27,8 @@ def check(scenario: Scenario) -> Setup:
     """
     setup = prepare(scenario)
     _require_one_group(scenario.policy.instance_plan)
+    for text in _warnings(scenario, setup):
+        warnings.warn(text, stacklevel=2)
     for seed in scenario.seeds:
         check_workload(scenario, setup, seed)
     return setup
@@ -36,19 +42,44 @@ def run(scenario: Scenario) -> Result:
     """
     setup = check(scenario)
     traces = tuple(_simulate(scenario, setup, seed) for seed in scenario.seeds)
-    source = "measured on this machine" if isinstance(setup.cost, Fitted) else "datasheet roofline"
     return Result(
         scenario=scenario,
         traces=traces,
         figures=tuple(summarise(scenario, setup, trace) for trace in traces),
         provenance=provenance(),
-        cost_shares={source: 1.0},
+        cost_shares=_cost_shares(setup, traces),
     )
+
+
+def _warnings(scenario: Scenario, setup: Setup) -> list[str]:
+    """What runs but not as the user may think."""
+    found = scenario.policy.batching.without_effect(setup.limits)
+    window = setup.architecture.sliding_window
+    if window is not None and setup.max_model_tokens > window:
+        found.append(
+            f"{setup.architecture.name} attends to the last {window} tokens; longer contexts are "
+            f"costed in full, an upper bound (engine.max_model_len={window} forbids them)"
+        )
+    return found
 
 
 def _simulate(scenario: Scenario, setup: Setup, seed: int) -> Trace:
     source = Source(scenario.workload, seed, setup.max_model_tokens)
     return simulate(source, scenario.policy.batching, setup.limits, Costed(setup.cost))
+
+
+def _cost_shares(setup: Setup, traces: tuple[Trace, ...]) -> dict[str, float]:
+    """Share of the busy time by where its seconds come from."""
+    if not isinstance(setup.cost, Fitted):
+        return {"datasheet roofline": 1.0}
+    spent = beyond = 0.0
+    for trace in traces:
+        row = np.repeat(np.arange(len(trace.decisions["repeat"])), trace.decisions["repeat"])
+        seconds = trace.iterations["end_s"] - trace.iterations["start_s"]
+        outside = setup.cost.is_extrapolated(trace.decisions)[row]
+        spent += float(seconds.sum())
+        beyond += float(seconds[outside].sum())
+    return {"fitted to measurements": 1 - beyond / spent, "extrapolated": beyond / spent}
 
 
 def _require_one_group(plan: InstancePlan) -> None:

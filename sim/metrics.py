@@ -203,11 +203,13 @@ def steady_window(
 ) -> NDArray[np.bool_]:
     """Which requests count: those that arrive after a first and before a last share of the span.
 
-    Latencies of the first requests see an empty system, those of the last an emptying one.
+    Latencies of the first requests see an empty system, those of the last an emptying one. So few
+    requests that none would be left all count.
     """
     start, end = times.arrival_s.min(), times.arrival_s.max()
     span = end - start
-    return (times.arrival_s >= start + warm_up * span) & (times.arrival_s <= end - drain * span)
+    inside = (times.arrival_s >= start + warm_up * span) & (times.arrival_s <= end - drain * span)
+    return inside if inside.any() else np.ones(len(inside), np.bool_)
 
 
 def is_overloaded(times: RequestTimes) -> bool:

@@ -3,23 +3,33 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sim import metrics
+from sim import files, metrics
 from sim.scenario import Scenario
 from sim.trace import Trace
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+SUMMARY = "summary.json"
+"""The file that makes a folder a result."""
+
+
+class Figure(NamedTuple):
+    """A figure over the seeds."""
+
+    mean: float
+    half: float | None
+    """Half of its 95 % interval (Student's t); None for a single seed."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +61,15 @@ class Result:
                            f"{', '.join(self.figures[0])}")  # fmt: skip
         return float(np.mean([figures[figure] for figures in self.figures]))
 
+    def intervals(self) -> dict[str, Figure]:
+        """Every figure's mean over the seeds, with its interval."""
+        return {name: interval([row[name] for row in self.figures]) for name in self.figures[0]}
+
     def summary(self) -> pd.DataFrame:
         """Mean of every figure and its 95 % interval over the seeds (empty for one seed)."""
         import pandas as pd
 
-        rows = {name: self._interval(name) for name in self.figures[0]}
+        rows = {name: (f.mean, *_bounds(f)) for name, f in self.intervals().items()}
         return pd.DataFrame.from_dict(rows, orient="index", columns=["mean", "low", "high"])
 
     def requests(self) -> pd.DataFrame:
@@ -75,61 +89,85 @@ class Result:
         )  # fmt: skip
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but the traces, ready for `json.dump`."""
-        intervals = {name: self._interval(name) for name in self.figures[0]}
-        return {
-            "scenario": plain(asdict(self.scenario)),
-            "policies": {
-                name: type(getattr(self.scenario.policy, name)).__name__
-                for name in ("batching", "instance_plan")
-            },
-            "seeds": self.scenario.seeds,
-            "figures": {name: row[0] for name, row in intervals.items()},
-            "intervals_95": {
-                name: row[1:] for name, row in intervals.items() if row[1] is not None
-            },
-            "cost_shares": dict(self.cost_shares),
-            "provenance": dict(self.provenance),
-        }
+        """What `summary.json` holds: all but the traces, in JSON's types."""
+        found = self.intervals()
+        return plain(
+            {
+                "scenario": configuration(self.scenario),
+                "seeds": self.scenario.seeds,
+                "figures": {name: figure.mean for name, figure in found.items()},
+                "intervals_95": {n: _bounds(f) for n, f in found.items() if f.half is not None},
+                "overloaded_seeds": int(sum(row["overloaded"] for row in self.figures)),
+                "cost_shares": dict(self.cost_shares),
+                "provenance": dict(self.provenance),
+            }
+        )
 
-    def save(self, folder: Path, *, trace: bool = True) -> Path:
-        """Write `summary.json`, `requests.parquet` and, if asked, the trace; whole or not at all.
+    def save(self, folder: Path, *, requests: bool = True, trace: bool = True) -> Path:
+        """Write the result into a folder that appears complete or not at all.
 
         Args:
-            folder: replaced if it holds a result; refused if it holds anything else.
-            trace: also write the four tables of the first seed.
+            folder: replaced if it holds a result; `summary.json` is always written.
+            requests: also `requests.parquet`, a row a request of the first seed.
+            trace: also `trace/`, the tables of the first seed.
 
         Raises:
             ValueError: the folder holds something that is not a result.
         """
-        if folder.exists() and not (folder / "summary.json").exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder} is not empty and holds no result; name another folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            text = json.dumps(plain(self.as_json()), indent=2, sort_keys=False)
-            (building / "summary.json").write_text(text + "\n", encoding="utf-8")
-            self.requests().to_parquet(building / "requests.parquet", index=False)
+        require_result_folder(folder)
+        with files.whole_folder(folder) as building:
+            files.write_json(building / SUMMARY, self.as_json())
+            if requests:
+                self.requests().to_parquet(building / "requests.parquet", index=False)
             if trace:
                 self.trace.save(building / "trace")
-            building.chmod(0o755)
-            if folder.exists():
-                shutil.rmtree(folder)
-            building.rename(folder)
-        except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
-            raise
         return folder
 
-    def _interval(self, name: str) -> tuple[float, float | None, float | None]:
-        values = np.array([figures[name] for figures in self.figures])
-        mean = float(values.mean())
-        if len(values) < 2:
-            return mean, None, None
-        from scipy.stats import t
 
-        half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
-        return mean, mean - half, mean + half
+def interval(values: list[float]) -> Figure:
+    """Mean and half-width of its 95 % interval."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Figure(mean, None)
+    # All of scipy.stats takes a second to import; this is the function behind its t.ppf.
+    from scipy.special import stdtrit
+
+    quantile = float(stdtrit(len(values) - 1, 0.975))
+    return Figure(mean, quantile * float(np.std(values, ddof=1)) / len(values) ** 0.5)
+
+
+def _bounds(figure: Figure) -> tuple[float | None, float | None]:
+    if figure.half is None:
+        return None, None
+    return figure.mean - figure.half, figure.mean + figure.half
+
+
+def configuration(scenario: Scenario) -> dict[str, Any]:
+    """Everything that decides a run, in JSON's types."""
+    return {
+        **plain(asdict(scenario)),
+        "workload_kind": kind(scenario.workload),
+        "policy_kinds": {name: kind(rule) for name, rule in sorted(vars(scenario.policy).items())},
+    }
+
+
+def kind(record: object) -> str:
+    """What a record is, spelt like the file that defines it: chunked_prefill."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(record).__name__).lower()
+
+
+def require_result_folder(folder: Path) -> None:
+    """Refuse to write over something that is not a result.
+
+    Raises:
+        ValueError: the folder is a file, or holds anything but a result.
+    """
+    if folder.is_file():
+        raise ValueError(f"out={folder} is a file and must be a folder; name another one")
+    if folder.exists() and not (folder / SUMMARY).exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"out={folder} is not empty and holds no result; name another folder or empty it"
+        )
 
 
 def plain(value: Any) -> Any:

@@ -54,8 +54,8 @@ def prepare(scenario: Scenario) -> Setup:
             f"model {architecture.name} in {dtype.value} needs {human_bytes(need)} for weights and "
             f"{human_bytes(blocks * kv_bytes * engine.block_size)} for {blocks} KV blocks; "
             f"{device.name} has {human_bytes(device.memory_bytes)}, of which "
-            f"engine.memory_utilization={engine.memory_utilization} and the activations leave "
-            f"{human_bytes(room)} for KV; take a larger GPU, a smaller dtype or fewer blocks"
+            f"engine.memory_utilization={engine.memory_utilization} and the activations "
+            f"{_left(room)}; take a larger GPU, a smaller dtype or fewer blocks"
         )
     limits = ReplicaLimits(
         engine.max_num_seqs, engine.max_num_batched_tokens, engine.block_size, num_blocks
@@ -68,6 +68,12 @@ def prepare(scenario: Scenario) -> Setup:
         device=device.name,
         kv_bytes_per_token=kv_bytes,
     )
+
+
+def _left(room_bytes: float) -> str:
+    if room_bytes < 0:
+        return f"leave {human_bytes(-room_bytes)} too little for the weights alone"
+    return f"leave {human_bytes(room_bytes)} for KV"
 
 
 def check_workload(scenario: Scenario, setup: Setup, seed: int) -> WorkloadTotals:

@@ -7,9 +7,11 @@ proportion. `context` is last so that a decode stretch is one multiplication and
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hardware_models.schema import FittedIteration
 from sim.models.work import IterationShape
@@ -43,6 +45,17 @@ class Fitted:
         if iterations < SHORT_RUN:
             return [fixed + context * context_s for context in contexts]
         return (fixed + np.arange(decode_context, stop, num_decodes) * context_s).tolist()
+
+    def is_extrapolated(self, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
+        """Which shapes are larger than any that was measured.
+
+        Args:
+            columns: the fields of `IterationShape`, one entry a shape.
+        """
+        tokens = columns["prefill_tokens"] + columns["num_decodes"]
+        return (tokens > self.fit.body_tokens[-1]) | (
+            columns["sampled_tokens"] > self.fit.head_tokens[-1]
+        )
 
     def _products_s(self, tokens: int, sampled: int) -> float:
         key = (tokens, sampled)

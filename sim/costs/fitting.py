@@ -80,9 +80,8 @@ def relative_errors(fit: FittedIteration, measured: Sequence[Measured]) -> NDArr
 
 
 def _knots(knots: Sequence[float], largest: float) -> tuple[float, ...]:
-    """Those knots that the measurements reach, at least two."""
-    inside = [knot for knot in knots if knot <= largest]
-    return tuple(inside) if len(inside) > 1 else tuple(knots[:2])
+    """Those knots that the measurements pass, and the largest measurement as the last."""
+    return (*(knot for knot in knots if knot < largest), float(largest))
 
 
 def _features(shape: IterationShape, body: Sequence[float], head: Sequence[float]) -> list[float]:

@@ -10,9 +10,9 @@ from scenarios import perfetto, plots
 from scenarios.cli import COMMANDS
 from scenarios.compare import changed
 from scenarios.saved import load
-from scenarios.saving import Figure
 from scenarios.tables import number, quantity, with_interval
 from sim.plot_data import batch_sizes, counts, legible_window
+from sim.result import Figure
 from sim.trace import DECODE
 
 FEW = ("workload.num_requests=40", "seeds=[0,1]")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from scenarios import saving
 from scenarios.compose import compose_study, studies
 from scenarios.folders import CONF
-from scenarios.saving import whole_folder
+from sim import files
 from sim.api import run
+from sim.files import whole_folder
 from sim.scenario import Scenario
 
 FEW = ("workload.num_requests=24", "seeds=[0]")
@@ -115,7 +115,7 @@ def test_a_broken_write_leaves_the_result_before_it(diptych, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(saving, "write_json", full)
+    monkeypatch.setattr(files, "write_json", full)
     with pytest.raises(OSError, match="no space"):
         diptych("run", "-cn", "replica", *FEW, "out=here")
     assert {path: path.read_bytes() for path in Path("here").rglob("*.*")} == before
@@ -124,7 +124,7 @@ def test_a_broken_write_leaves_the_result_before_it(diptych, monkeypatch):
 
 def test_a_killed_run_leaves_no_result(workplace):
     script = (
-        "import os, scenarios.saving as s\n"
+        "import os, sim.files as s\n"
         "s.write_json = lambda *_: os.kill(os.getpid(), 9)\n"
         "from scenarios.cli import main\n"
         f"main(['run', '-cn', 'replica', *{FEW!r}, 'out=here'])\n"

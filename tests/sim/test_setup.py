@@ -50,7 +50,7 @@ def test_the_pool_is_what_weights_and_activations_leave() -> None:
 
 def test_a_model_that_does_not_fit_says_by_how_much() -> None:
     need = human_bytes(weight_bytes(load_architecture("llama_3_70b"), 2))
-    message = rf"llama_3_70b in bf16 needs {need} for weights .* leave -\d+\.\d GiB for KV; take"
+    message = rf"llama_3_70b in bf16 needs {need} for weights .* leave \d+\.\d GiB too little for"
     with pytest.raises(ValueError, match=message):
         prepare(scenario(model=Model(name="llama_3_70b")))
 

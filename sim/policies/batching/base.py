@@ -120,6 +120,11 @@ class Batching(Policy):
         del memory, view
         return ONE_BY_ONE
 
+    def without_effect(self, limits: ReplicaLimits) -> list[str]:
+        """Settings that these limits rob of their effect, in words; the user is warned of them."""
+        del limits
+        return []
+
 
 def whole_prompts(view: ReplicaView, reserved_blocks: int = 0) -> Batch:
     """Admit from the head of the queue what seats, token budget and blocks allow, uncut.

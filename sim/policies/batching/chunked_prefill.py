@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sim.engine import ReplicaLimits
 from sim.policies.batching.base import (
     DECODE,
     UNTIL_ANY_WAKE,
@@ -50,6 +51,15 @@ class ChunkedPrefill(Batching):
         """A queue whose head gets no seat or block stays blocked until something is freed."""
         del memory
         return UNTIL_FREED if view.waiting else UNTIL_ANY_WAKE
+
+    def without_effect(self, limits: ReplicaLimits) -> list[str]:
+        """A chunk above the engine's token budget is cut to it."""
+        if self.chunk_tokens is None or self.chunk_tokens <= limits.max_num_batched_tokens:
+            return []
+        return [
+            f"chunk_tokens={self.chunk_tokens} is above engine.max_num_batched_tokens="
+            f"{limits.max_num_batched_tokens}, which holds; raise the latter"
+        ]
 
     def _fill(self, view: ReplicaView, victims: tuple[int, ...]) -> Batch:
         limits = view.limits
