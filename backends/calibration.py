@@ -44,31 +44,49 @@ class Scripted(Batching):
         return self.batch
 
 
-def measure(
-    model: Transformer, plans: Sequence[BatchPlan], repeats: int, advance: Advance
-) -> list[Measured]:
-    """The median seconds of each batch, decision and bookkeeping included.
+class Passes:
+    """Timings of planned batches, pass by pass, so that they can be spread over time.
 
-    All batches are timed once before any is timed again, so that a slow minute of a shared machine
-    spreads over all of them.
-
-    Args:
-        model: what the replica runs.
-        plans: the batches.
-        repeats: how often each is timed, after one pass that warms up.
-        advance: called after each timing.
+    A slow minute of a shared machine then touches all batches, or none of them much.
     """
-    seconds: list[list[float]] = [[] for _ in plans]
-    for repeat in range(repeats + 1):
-        for plan, taken in zip(plans, seconds, strict=True):
-            once_s = time_batch(model, plan)
-            if repeat:
-                taken.append(once_s)
+
+    def __init__(self, model: Transformer, plans: Sequence[BatchPlan], advance: Advance) -> None:
+        """Time every batch once without keeping it: first calls of a shape are slower.
+
+        Args:
+            model: what the replica runs.
+            plans: the batches.
+            advance: called after each timing.
+        """
+        self._model = model
+        self._plans = plans
+        self._advance = advance
+        self._seconds: list[list[float]] = [[] for _ in plans]
+        for plan in plans:
+            time_batch(model, plan)
             advance()
-    return [
-        Measured(plan.shape, statistics.median(taken))
-        for plan, taken in zip(plans, seconds, strict=True)
-    ]
+
+    def time(self, part: int = 0, parts: int = 1) -> None:
+        """Time every batch once more, or every `parts`-th one from `part` on."""
+        for index in range(part, len(self._plans), parts):
+            self._seconds[index].append(time_batch(self._model, self._plans[index]))
+            self._advance()
+
+    def measured(self) -> list[Measured]:
+        """Mean seconds of each batch, in order of the plans.
+
+        The mean, because a request's latency is a sum; without what took half as long again as the
+        median, because a stall says nothing about the batch that it met.
+        """
+        return [
+            Measured(plan.shape, _mean_without_stalls(seconds))
+            for plan, seconds in zip(self._plans, self._seconds, strict=True)
+        ]
+
+
+def _mean_without_stalls(seconds: Sequence[float]) -> float:
+    limit = 1.5 * statistics.median(seconds)
+    return statistics.mean(value for value in seconds if value <= limit)
 
 
 def time_batch(model: Transformer, plan: BatchPlan) -> float:
@@ -98,7 +116,8 @@ def time_batch(model: Transformer, plan: BatchPlan) -> float:
 
 def _stays(model: Transformer, plan: BatchPlan) -> list[Stay]:
     """Requests in the state in which the batch finds them, chunks first."""
-    wanted = [(before + tokens, before) for tokens, before in plan.chunks]
+    rest = 0 if plan.ends else 1  # a token of the prompt that the chunk leaves for later
+    wanted = [(before + tokens + rest, before) for tokens, before in plan.chunks]
     wanted += [(context, context - 1) for context in plan.contexts]
     vocabulary = model.config.vocab_size
     stays: list[Stay] = []

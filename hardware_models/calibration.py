@@ -32,6 +32,8 @@ class FittedIteration:
     """Median of |predicted - measured| / measured on held-out shapes (no unit)."""
     heldout_p90_error: float
     """90th percentile of the same (no unit)."""
+    max_context_tokens: int
+    """Largest context that was measured, per decoding request, tokens."""
     num_shapes: int
     """Shapes that the fit saw."""
     num_heldout: int
@@ -54,7 +56,12 @@ class FittedIteration:
                 f"{sorted(COEFFICIENTS)}; run the calibration again"
             )
         require_not_negative(
-            self, "heldout_median_error", "heldout_p90_error", "num_shapes", "num_heldout"
+            self,
+            "heldout_median_error",
+            "heldout_p90_error",
+            "num_shapes",
+            "num_heldout",
+            "max_context_tokens",
         )
         require_text(self, "dtype")
 

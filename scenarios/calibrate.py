@@ -17,8 +17,8 @@ from hardware_models.parts import dump_node, load_node, read_node
 from hardware_models.processors import ComputeMeasured, Cpu
 from hardware_models.schema import Node
 from scenarios.tables import console, grid
-from sim.costs.calibration_plan import heldout_batches, training_batches
-from sim.costs.fitting import fit_iteration
+from sim.costs.calibration_plan import BatchPlan, heldout_batches, training_batches
+from sim.costs.fitting import Measured, fit_iteration
 from sim.provenance import commit, processor
 
 NODE_FILE = Path("~/.config/diptych/node/this_machine.yaml")
@@ -84,24 +84,42 @@ def calibrate(weights: str, device: str, repeats: int, path: Path) -> Node:
     """
     from rich.progress import Progress
 
-    from backends.calibration import fingerprint, measure, num_threads, torch_version
+    from backends.calibration import Passes
     from backends.serving import open_model, use_one_thread
 
     use_one_thread()
-    train, heldout = training_batches(), heldout_batches()
     with Progress(console=console(errors=True)) as progress:
         loading = progress.add_task("loading the model", total=None)
         model, transformer = open_model(
             weights, device, lambda text: progress.update(loading, description=text)
         )
         progress.remove_task(loading)
-        total = (repeats + 1) * (len(train) + len(heldout))
+        total = (repeats + 1) * len(planned_batches())
         task = progress.add_task("timing iterations", total=total)
-        measured = measure(transformer, [*train, *heldout], repeats, lambda: progress.advance(task))
-    fit = fit_iteration(measured[: len(train)], measured[len(train) :], "fp32")
+        passes = Passes(transformer, planned_batches(), lambda: progress.advance(task))
+        for _ in range(repeats):
+            passes.time()
+    return write(fit_of(passes.measured()), weights, model.name, device, path)
+
+
+def planned_batches() -> list[BatchPlan]:
+    """All batches to time; see `fit_of`."""
+    return [*training_batches(), *heldout_batches()]
+
+
+def fit_of(measured: Sequence[Measured]) -> FittedIteration:
+    """Fit the first of `planned_batches` and judge the fit on the held-out rest."""
+    count = len(training_batches())
+    return fit_iteration(measured[:count], measured[count:], "fp32")
+
+
+def write(fit: FittedIteration, weights: str, model: str, device: str, path: Path) -> Node:
+    """Add a fit to the node file of this machine, which is made if it is not there."""
+    from backends.calibration import fingerprint, num_threads, torch_version
+
     identity = fingerprint(device)
     fits = _kept_fits(path, identity, torch_version())
-    fits[MODEL_NAMES.get(weights, model.name)] = fit
+    fits[MODEL_NAMES.get(weights, model)] = fit
     calibration = Calibration(
         fingerprint=identity,
         torch_version=torch_version(),

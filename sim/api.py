@@ -54,6 +54,17 @@ def run(scenario: Scenario) -> Result:
 def _warnings(scenario: Scenario, setup: Setup) -> list[str]:
     """What runs but not as the user may think."""
     found = scenario.policy.batching.without_effect(setup.limits)
+    overhead_s, node = scenario.engine.iteration_overhead_s, scenario.node
+    if isinstance(setup.cost, Fitted) and overhead_s:
+        found.append(
+            f"engine.iteration_overhead_s={overhead_s} has no effect with "
+            "cost=fitted, whose measurements contain the engine's overhead"
+        )
+    if node is not None and node.num_gpus > 1:
+        found.append(
+            f"node {node.name} has {node.num_gpus} GPUs and one replica uses one; "
+            "the others cost nothing here and do nothing"
+        )
     window = setup.architecture.sliding_window
     if window is not None and setup.max_model_tokens > window:
         found.append(

@@ -153,4 +153,9 @@ def _cost(scenario: Scenario, architecture: Architecture, device: Device) -> Ite
             f"there is one of: {', '.join(fits) or 'none'}; run `diptych calibrate` and take "
             "node=this_machine, or take cost=roofline"
         )
-    return Fitted(fits[scenario.model.name])
+    fit, dtype = fits[scenario.model.name], scenario.model.dtype.value
+    if fit.dtype != dtype:
+        raise ValueError(
+            f"model.dtype={dtype} was not calibrated, {fit.dtype} was; take model.dtype={fit.dtype}"
+        )
+    return Fitted(fit)

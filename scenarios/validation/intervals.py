@@ -1,36 +1,46 @@
-"""Bootstrap intervals for repeated runs: repeats are drawn, and requests within each."""
+"""Bootstrap intervals of repeated runs."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-Sample = NDArray[np.float64]
-"""What one request brings: its values, along the last axis."""
+Floats = NDArray[np.float64]
 
-RESAMPLES = 1000
+RESAMPLES = 2000
 
 
-def two_stage(
-    repeats: Sequence[Sequence[Sample]], statistic: Callable[[Sample], float], seed: int
-) -> tuple[float, float]:
-    """The 95 % percentile interval of a statistic over repeated runs.
+def over_repeats(values: Sequence[float], seed: int) -> tuple[float, float, float]:
+    """Median of a figure over repeats of the same requests, and its 95 % bootstrap interval.
 
-    Requests of one run share its queue and its minute of the machine, so drawing requests alone
-    would claim too much: each resample draws runs, then requests within each drawn run.
+    The repeats differ by what the machine did meanwhile, and so does the interval. With few repeats
+    it spans all of them.
 
     Args:
-        repeats: for each run, the samples of its requests.
-        statistic: of all drawn samples, joined along their last axis.
+        values: one a repeat.
         seed: of the draws.
     """
+    found = np.array(values)
+    low, high = _bootstrap(len(found), lambda drawn: float(np.median(found[drawn])), seed)
+    return float(np.median(found)), low, high
+
+
+def over_requests(rows: Sequence[Floats], seed: int) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the mean of all values, drawn request by request.
+
+    Args:
+        rows: the values of each request.
+        seed: of the draws.
+    """
+    sums = np.array([row.sum() for row in rows])
+    counts = np.array([len(row) for row in rows])
+    return _bootstrap(len(rows), lambda drawn: sums[drawn].sum() / counts[drawn].sum(), seed)
+
+
+def _bootstrap(
+    count: int, statistic: Callable[[NDArray[np.int64]], float], seed: int
+) -> tuple[float, float]:
     rng = np.random.default_rng(seed)
-    found = np.empty(RESAMPLES)
-    for index in range(RESAMPLES):
-        drawn: list[Sample] = []
-        for repeat in rng.integers(len(repeats), size=len(repeats)):
-            rows = repeats[repeat]
-            drawn += [rows[row] for row in rng.integers(len(rows), size=len(rows))]
-        found[index] = statistic(np.concatenate(drawn, axis=-1))
+    found = [statistic(rng.integers(count, size=count)) for _ in range(RESAMPLES)]
     low, high = np.percentile(found, [2.5, 97.5])
     return float(low), float(high)

@@ -86,7 +86,8 @@ class Options:
     load: float = 0.6
     """Offered load of the timed runs, as a share of the calibrated capacity."""
     calibration: str | None = None
-    """Node file of `diptych calibrate`; null: ~/.config/diptych/node/this_machine.yaml."""
+    """Node file of `diptych calibrate` to take the costs from; null: calibrate between the timed
+    runs, so that both see the same minutes of a shared machine."""
     out: str | None = None
     """Folder of the results; null: runs/<study>/validation."""
     decision_requests: int | None = None

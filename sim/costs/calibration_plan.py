@@ -13,14 +13,16 @@ class BatchPlan(NamedTuple):
     """A batch to measure: chunks of prompts and decoding requests."""
 
     chunks: tuple[tuple[int, int], ...] = ()
-    """(tokens, tokens of the request before them); every chunk ends its prompt."""
+    """(tokens, tokens of the request before them)."""
     contexts: tuple[int, ...] = ()
     """Tokens of KV that each decoding request reads, its own included."""
+    ends: bool = True
+    """Whether the chunks end their prompts, so that tokens are sampled."""
 
     @property
     def shape(self) -> IterationShape:
         """The batch as costs see it."""
-        sampled = len(self.chunks) + len(self.contexts)
+        sampled = len(self.chunks) * self.ends + len(self.contexts)
         return IterationShape.of(self.chunks, self.contexts, sampled)
 
 
@@ -39,7 +41,10 @@ def training_batches() -> list[BatchPlan]:
         for tokens, before in ((6, 0), (13, 20), (28, 0), (60, 30))
         for batch, context in ((1, 90), (3, 24), (6, 60), (12, 25))
     ]
-    return [*decodes, *prefills, *several, *later, *mixed]
+    # Without these, what the layers cost and what the lm_head costs could not be told apart.
+    begun = [BatchPlan(chunks=((tokens, 0),), ends=False) for tokens in (3, 7, 14, 27, 55, 110)]
+    begun += [BatchPlan(chunks=((12, 40),), contexts=(24,) * 3, ends=False)]
+    return [*decodes, *prefills, *several, *later, *mixed, *begun]
 
 
 def heldout_batches() -> list[BatchPlan]:
@@ -55,6 +60,8 @@ def heldout_batches() -> list[BatchPlan]:
         BatchPlan(chunks=((22, 40),)),
     ]
     mixed = [
+        BatchPlan(chunks=((10, 0),), ends=False),
+        BatchPlan(chunks=((36, 20),), ends=False),
         BatchPlan(chunks=((10, 10),), contexts=(50, 60)),
         BatchPlan(chunks=((20, 0),), contexts=(30, 50, 70, 90)),
         BatchPlan(chunks=((14, 30), (9, 0)), contexts=(45, 65)),

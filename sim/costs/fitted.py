@@ -52,9 +52,11 @@ class Fitted:
         Args:
             columns: the fields of `IterationShape`, one entry a shape.
         """
-        tokens = columns["prefill_tokens"] + columns["num_decodes"]
-        return (tokens > self.fit.body_tokens[-1]) | (
-            columns["sampled_tokens"] > self.fit.head_tokens[-1]
+        decodes = columns["num_decodes"]
+        return (
+            (columns["prefill_tokens"] + decodes > self.fit.body_tokens[-1])
+            | (columns["sampled_tokens"] > self.fit.head_tokens[-1])
+            | (columns["decode_context"] > decodes * self.fit.max_context_tokens)
         )
 
     def _products_s(self, tokens: int, sampled: int) -> float:

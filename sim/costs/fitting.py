@@ -16,8 +16,9 @@ from hardware_models.calibration import COEFFICIENTS, FittedIteration
 from sim.costs.fitted import Fitted
 from sim.models.work import IterationShape
 
-BODY_TOKENS = (1.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
-HEAD_TOKENS = (1.0, 4.0, 8.0, 16.0, 32.0)
+BODY_TOKENS = (1.0, 6.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
+HEAD_TOKENS = (1.0, 6.0, 8.0, 16.0, 32.0)
+"""Bends of the two curves. CPU kernels take up to six rows at the price of one."""
 
 
 class Measured(NamedTuple):
@@ -63,6 +64,7 @@ def fit_iteration(
         coefficients=dict(zip(COEFFICIENTS, found[len(body) + len(head) :].tolist(), strict=True)),
         heldout_median_error=0.0,
         heldout_p90_error=0.0,
+        max_context_tokens=_largest_context(train),
         num_shapes=len(train),
         num_heldout=len(heldout),
         dtype=dtype,
@@ -77,6 +79,12 @@ def relative_errors(fit: FittedIteration, measured: Sequence[Measured]) -> NDArr
     """|predicted - measured| / measured of each shape."""
     cost = Fitted(fit)
     return np.array([abs(cost.iteration_s(m.shape) / m.seconds - 1) for m in measured])
+
+
+def _largest_context(measured: Sequence[Measured]) -> int:
+    """Mean context of a decoding request in the measured shape where it is largest."""
+    decoding = [m.shape for m in measured if m.shape.num_decodes]
+    return max((s.decode_context // s.num_decodes for s in decoding), default=0)
 
 
 def _knots(knots: Sequence[float], largest: float) -> tuple[float, ...]:

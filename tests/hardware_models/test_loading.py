@@ -38,6 +38,7 @@ def this_machine() -> Node:
         coefficients=dict.fromkeys(COEFFICIENTS, 1e-07),
         heldout_median_error=0.03,
         heldout_p90_error=0.1,
+        max_context_tokens=220,
         num_shapes=12,
         num_heldout=6,
         dtype="fp32",

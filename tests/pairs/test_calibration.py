@@ -2,7 +2,7 @@
 
 import pytest
 
-from backends.calibration import measure, time_batch
+from backends.calibration import Passes, time_batch
 from backends.serving import open_model, use_one_thread
 from hardware_models.parts import read_node
 from scenarios.cli import main
@@ -49,9 +49,10 @@ def test_held_out_shapes_are_not_fitted():
 @pytest.mark.parametrize("profile", ["quick", "full"])
 def test_no_shape_of_the_timed_validation_is_among_those_calibrated(rule, profile):
     cost = Fitted(synthetic_fit()[0])
-    rate = 0.6 * timing.capacity_per_s(cost)
+    everyone = {name: with_short_chunks(kind()) for name, kind in policies("batching").items()}
+    rate = 0.6 * timing.capacity_per_s(everyone.values(), cost)
     requests, repeats = {"quick": (30, 3), "full": (200, 5)}[profile]
-    batching = with_short_chunks(policies("batching")[rule]())
+    batching = everyone[rule]
     calibrated = {p.shape for p in (*training_batches(), *heldout_batches())}
     for seed in range(repeats):
         workload = timing.workload(rate, requests)
@@ -78,8 +79,10 @@ def test_a_timed_batch_has_the_shape_that_was_planned():
     plan = BatchPlan(chunks=((5, 3), (9, 0)), contexts=(17, 1))
     assert time_batch(model, plan) > 0
     ticks = []
-    measured = measure(model, [plan], 2, lambda: ticks.append(1))
-    assert [m.shape for m in measured] == [plan.shape]
+    passes = Passes(model, [plan], lambda: ticks.append(1))
+    passes.time()
+    passes.time(part=0, parts=2)
+    assert [m.shape for m in passes.measured()] == [plan.shape]
     assert len(ticks) == 3
 
 

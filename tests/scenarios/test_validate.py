@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scenarios.cli import main
-from scenarios.validation.intervals import two_stage
+from scenarios.validation.intervals import over_repeats, over_requests
 from scenarios.validation.verdict import Verdict, judge_error, judge_exact
 
 
@@ -38,14 +38,13 @@ def test_a_seeded_corruption_makes_validate_fail(tmp_path, fault):
 
 def test_the_time_question_draws_the_two_panels(tmp_path):
     arguments = ["only=[time]", "weights=random", "time_requests=12", "repeats=2"]
-    node = f"calibration={tmp_path / 'node.yaml'}"
     # On a busy machine a line may miss: that is a finding about the machine, not about the code.
-    code, content, out = validate(tmp_path, *arguments, node)
+    code, content, out = validate(tmp_path, *arguments)
     timed = [line for line in content["lines"] if line["question"] == "time"]
     assert code == any(line["verdict"] == "missed" for line in timed)
     assert (out / "timeline.png").stat().st_size > 10_000
     metrics = " ".join(line["metric"] for line in timed)
-    for piece in ("TTFT", "end-to-end", "ratio of p99 ITL", "share of token gaps"):
+    for piece in ("TTFT", "latency", "ratio of p99 ITL", "share of token gaps"):
         assert piece in metrics
     assert all(line["low"] <= line["high"] for line in timed if line["low"] is not None)
 
@@ -95,12 +94,16 @@ def test_verdicts_follow_the_stated_rule():
     assert judge_error(0.50, 0.20, 0.90, None) is Verdict.reported
 
 
-def test_interval_of_repeats_is_wider_than_that_of_requests_alone():
+def test_interval_of_few_repeats_spans_them():
+    median, low, high = over_repeats([0.1, 0.3, 0.2], 0)
+    assert (median, low, high) == (0.2, 0.1, 0.3)
+    assert over_repeats([0.1], 0) == (0.1, 0.1, 0.1)
+
+
+def test_interval_over_requests_covers_a_known_mean():
     rng = np.random.default_rng(0)
-    repeats = [[np.array([level + 0.01 * rng.normal()]) for _ in range(50)] for level in (0, 1, 2)]
-    low, high = two_stage(repeats, lambda chosen: float(np.mean(chosen)), 0)
-    assert low < 0.5
-    assert high > 1.5
-    alike = [[np.array([rng.normal()]) for _ in range(50)] for _ in range(3)]
-    low, high = two_stage(alike, lambda chosen: float(np.mean(chosen)), 0)
-    assert high - low < 1.0
+    covered = 0
+    for seed in range(60):
+        low, high = over_requests([rng.normal(size=5) + rng.normal() for _ in range(40)], seed)
+        covered += low <= 0 <= high
+    assert covered >= 50

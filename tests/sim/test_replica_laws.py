@@ -158,11 +158,15 @@ def test_a_pre_empted_request_keeps_its_tokens(case: Case, trace: Trace) -> None
     assert all(admitted[one] == lost[one] + 1 for one in range(len(tokens)))
 
 
-@law
+@EVERY_POLICY
+@settings(max_examples=15)
+@given(case=cases())
 def test_seats_are_given_in_order_of_arrival_until_someone_is_pre_empted(
-    case: Case, trace: Trace
+    name: str, case: Case
 ) -> None:
-    if requests_in(trace, State.preempted):
+    trace = run_case(case, POLICIES[name], one_by_one=True)
+    promised = POLICIES[name].first_come_first_served
+    if not promised or requests_in(trace, State.preempted):
         return
     assert requests_in(trace, State.admitted) == trace.requests["request"].tolist()
     first_s = [token_times(trace, one)[0] for one in trace.requests["request"].tolist()]

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from sim.engine import ReplicaLimits
 from sim.policies.base import Policy
@@ -99,6 +99,9 @@ UNTIL_FREED = Standing(FOREVER, frozenset({Wake.completion, Wake.memory}))
 class Batching(Policy):
     """Decides the next iteration of one replica."""
 
+    first_come_first_served: ClassVar[bool] = False
+    """Whether it promises seats in order of arrival, which a law then tests."""
+
     @abstractmethod
     def next_batch(self, memory: Any, view: ReplicaView) -> Batch:
         """The work of the next iteration.
@@ -138,7 +141,7 @@ def whole_prompts(view: ReplicaView, reserved_blocks: int = 0) -> Batch:
     budget = limits.max_num_batched_tokens
     chosen: list[tuple[int, int]] = []
     for request in view.waiting:
-        tokens = request.prompt_tokens + request.generated_tokens
+        tokens = request.prefill_tokens
         blocks -= limits.blocks_for(tokens)
         if len(chosen) == seats or blocks < 0 or (tokens > budget and chosen):
             break

@@ -5,7 +5,7 @@ Sarathi-Serve (OSDI 2024), section 4.2; the default scheduler of vLLM's second e
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from sim.engine import ReplicaLimits
 from sim.policies.batching.base import (
@@ -24,6 +24,8 @@ from sim.requests import RunningView
 @dataclass(kw_only=True)
 class ChunkedPrefill(Batching):
     """Decodes first, then begun prompts, then new ones, up to the engine's token budget."""
+
+    first_come_first_served: ClassVar[bool] = True
 
     chunk_tokens: int | None = None
     """Token budget of an iteration that cuts prompts; null: `engine.max_num_batched_tokens`."""

@@ -5,7 +5,7 @@ Orca (OSDI 2022), section 3.1, with the scheduler of vLLM's first engine (SOSP 2
 
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, ClassVar
 
 from sim.policies.batching.base import (
     DECODE,
@@ -23,6 +23,8 @@ from sim.policies.batching.base import (
 @dataclass(kw_only=True)
 class Continuous(Batching):
     """Waiting prompts run first, as a batch of their own; running requests decode otherwise."""
+
+    first_come_first_served: ClassVar[bool] = True
 
     watermark: float = 0.01
     """Share of the KV blocks that admission leaves free while others run, 0 to 1: without it a

@@ -4,7 +4,7 @@ Orca (OSDI 2022), section 2, calls it request-level scheduling.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from sim.policies.batching.base import (
     DECODE,
@@ -21,6 +21,8 @@ from sim.policies.batching.base import (
 @dataclass(kw_only=True)
 class Static(Batching):
     """Requests that arrive in mid-batch wait until the last one of the batch has finished."""
+
+    first_come_first_served: ClassVar[bool] = True
 
     def next_batch(self, memory: Any, view: ReplicaView) -> Batch:
         """Decode while anything runs; else start what fits, first come, first served."""

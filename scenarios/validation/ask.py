@@ -1,0 +1,174 @@
+"""Asks the four questions in their order, each on both panels."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from backends.calibration import Passes
+from backends.kv_cache import Corruption
+from backends.reference import Reference
+from backends.serving import open_model, serve, use_one_thread
+from backends.transformer import Transformer
+from scenarios import calibrate
+from scenarios.tables import console
+from scenarios.validation import timing
+from scenarios.validation.decisions import exact_lines
+from scenarios.validation.numbers import compare, number_lines
+from scenarios.validation.options import Fault, Options, Question
+from scenarios.validation.timing import Runs
+from scenarios.validation.verdict import Line, Verdict
+from sim.costs.fitted import Fitted
+from sim.policies.batching.base import Batching
+from sim.trace import Trace
+from sim.workload.source import Source
+
+
+class Plan(NamedTuple):
+    """What a validation will run."""
+
+    study: str
+    options: Options
+    policies: dict[str, Batching]
+    """Each with a token budget that cuts the short prompts of the validation."""
+    accept: dict[str, float]
+    out: Path
+
+
+def answer(plan: Plan) -> tuple[list[Line], dict[str, Runs]]:
+    """Every line of the table, and the timed runs by policy (none if time was not asked about)."""
+    use_one_thread()
+    asked = set(plan.options.only)
+    lines: list[Line] = []
+    runs: dict[str, Runs] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console(errors=True), transient=True) as progress:
+        if asked & {Question.decisions, Question.bytes}:
+            lines += _decisions_and_bytes(plan, progress)
+        if asked & {Question.numbers, Question.time}:
+            task = progress.add_task("loading the model", total=None)
+            model, transformer = open_model(
+                plan.options.weights,
+                plan.options.device.value,
+                lambda text: progress.update(task, description=text),
+            )
+            progress.remove_task(task)
+            if Question.numbers in asked:
+                lines += _numbers(plan, transformer, model.folder, progress)
+            if Question.time in asked:
+                runs, timed = _time(plan, transformer, model.name, progress)
+                lines += timed
+    lines += [_not_run(q, "left out by only=") for q in Question if q not in asked]
+    order = [question.value for question in Question]
+    return sorted(lines, key=lambda line: order.index(line.question)), runs
+
+
+def _decisions_and_bytes(plan: Plan, progress: Progress) -> list[Line]:
+    tiny = open_model("random", plan.options.device.value)[1]
+    count = plan.options.sizes.decision_requests
+    fault = plan.options.corrupt
+    # In mid-run, so that the fault meets a full pool.
+    at = {Fault.skip_free: count // 2, Fault.drop_copy: count * 20}
+    lines: list[Line] = []
+    task = progress.add_task("decisions and bytes", total=len(plan.policies))
+    for name, batching in plan.policies.items():
+        corruption = None if fault is Fault.none else Corruption(kind=fault.value, index=at[fault])
+        found = exact_lines(name, tiny, batching, count, plan.options.seed, corruption)
+        lines += [line for line in found if Question(line.question) in plan.options.only]
+        progress.advance(task)
+    return lines
+
+
+def _numbers(
+    plan: Plan, transformer: Transformer, folder: Path | None, progress: Progress
+) -> list[Line]:
+    if folder is None:
+        return [_not_run(Question.numbers, f"weights={plan.options.weights} has no reference")]
+    sizes = plan.options.sizes
+    reference = Reference(folder, plan.options.device.value)
+    lines: list[Line] = []
+    task = progress.add_task("numbers", total=len(plan.policies))
+    for name, batching in plan.policies.items():
+        found = compare(transformer, folder, reference, batching, sizes.prompts, sizes.new_tokens)
+        lines += number_lines(name, found, sizes.prompts)
+        progress.advance(task)
+    return lines
+
+
+def _time(
+    plan: Plan, transformer: Transformer, model: str, progress: Progress
+) -> tuple[dict[str, Runs], list[Line]]:
+    """Time every policy; the passes of the calibration lie between the runs."""
+    sizes, seed = plan.options.sizes, plan.options.seed
+    names = list(plan.policies)
+    task = progress.add_task("time", total=1 + sizes.repeats * len(names))
+    costs = _Costs(plan, transformer, model)
+    progress.advance(task)
+    rate = plan.options.load * timing.capacity_per_s(plan.policies.values(), costs.cost())
+    requests = timing.workload(rate, sizes.time_requests)
+
+    def source() -> Source:
+        return Source(requests, seed, timing.CONTEXT)
+
+    measured: dict[str, list[Trace]] = {name: [] for name in names}
+    for repeat in range(sizes.repeats):
+        # Interleaved, and each policy in each place: what one leaves behind averages out.
+        first = repeat % len(names)
+        for part, name in enumerate((*names[first:], *names[:first])):
+            served = serve(transformer, source(), plan.policies[name], timing.LIMITS, seed=seed)
+            measured[name].append(served.trace)
+            costs.refresh(part, len(names))
+            progress.advance(task)
+    cost = costs.cost()
+    costs.keep()
+    runs = {
+        name: Runs(timing.predict(source(), plan.policies[name], cost), traces)
+        for name, traces in measured.items()
+    }
+    return runs, timing.time_lines(runs, cost, plan.accept, seed)
+
+
+class _Costs:
+    """Costs of the simulated panel: of a named calibration, or calibrated between the runs."""
+
+    def __init__(self, plan: Plan, transformer: Transformer, model: str) -> None:
+        options = plan.options
+        self._weights, self._device, self._model = options.weights, options.device.value, model
+        self._path = calibrate.node_path(options.calibration)
+        self._passes = self._fit = None
+        if options.calibration is None:
+            self._passes = Passes(transformer, calibrate.planned_batches(), lambda: None)
+            self._passes.time()
+            return
+        self._fit = calibrate.stored(self._path, self._weights, self._device)
+        if self._fit is None:
+            raise ValueError(
+                f"calibration={options.calibration} holds none of {self._weights} on this machine; "
+                f"run `diptych calibrate weights={self._weights} out={options.calibration}`, or "
+                "leave it out"
+            )
+
+    def refresh(self, part: int, parts: int) -> None:
+        """Time a part of the planned batches once more."""
+        if self._passes is not None:
+            self._passes.time(part, parts)
+
+    def cost(self) -> Fitted:
+        """The cost as known so far."""
+        if self._passes is not None:
+            self._fit = calibrate.fit_of(self._passes.measured())
+        assert self._fit is not None
+        return Fitted(self._fit)
+
+    def keep(self) -> None:
+        """Write the fit as this machine's, where there is none that holds."""
+        stored = calibrate.stored(self._path, self._weights, self._device)
+        if self._fit is not None and stored is None:
+            calibrate.write(self._fit, self._weights, self._model, self._device, self._path)
+
+
+def _not_run(question: Question, why: str) -> Line:
+    return Line(
+        question=question.value, metric="", simulated="", measured="", error=None,
+        verdict=Verdict.not_run, note=why,
+    )  # fmt: skip
