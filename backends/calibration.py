@@ -62,6 +62,10 @@ class Passes:
         self._plans = plans
         self._advance = advance
         self._seconds: list[list[float]] = [[] for _ in plans]
+        model.warm_up(
+            {plan.shape.tokens for plan in plans},
+            {plan.shape.sampled_tokens for plan in plans} - {0},
+        )
         for plan in plans:
             time_batch(model, plan)
             advance()
@@ -72,14 +76,14 @@ class Passes:
             self._seconds[index].append(time_batch(self._model, self._plans[index]))
             self._advance()
 
-    def measured(self) -> list[Measured]:
-        """Mean seconds of each batch, in order of the plans.
+    def measured(self, first: int = 0) -> list[Measured]:
+        """Mean seconds of each batch over the passes from `first` on, in order of the plans.
 
         The mean, because a request's latency is a sum; without what took half as long again as the
         median, because a stall says nothing about the batch that it met.
         """
         return [
-            Measured(plan.shape, _mean_without_stalls(seconds))
+            Measured(plan.shape, _mean_without_stalls(seconds[first:]))
             for plan, seconds in zip(self._plans, self._seconds, strict=True)
         ]
 

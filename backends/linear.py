@@ -22,6 +22,7 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Take over weight [outputs, inputs] and bias [outputs]."""
         self.bias = bias
+        self.inputs = weight.shape[1]
         self._packed = _pack(weight)
         self._weight = weight if self._packed is None else None
 

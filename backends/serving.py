@@ -97,7 +97,14 @@ def serve(  # noqa: PLR0913  the parts of an engine
 
 
 def warm_up(model: Transformer, limits: ReplicaLimits) -> None:
-    """Serve a few requests at once, so that no first call of a kernel is timed."""
+    """Prepare for all sizes of batches, then serve a few requests, so that no first call is timed.
+
+    Above 128 tokens only every 32nd size is prepared: there the first call costs little beside the
+    work.
+    """
+    most = min(limits.max_num_batched_tokens, model.max_context)
+    model.warm_up([*range(1, min(most, 128) + 1), *range(160, most + 1, 32)],
+                  range(1, limits.max_num_seqs + 1))  # fmt: skip
     blocks = max(min(limits.num_blocks, 64), 4)
     small = ReplicaLimits(8, 256, limits.block_size, blocks)
     tokens = min(16, blocks * limits.block_size // 4)

@@ -5,7 +5,7 @@ The layer of llama, mistral, qwen2 and qwen3: norm, attention with grouped keys,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -53,6 +53,8 @@ class Transformer:
                 _Layer(config, place, f"model.layers.{index}.")
                 for index in range(config.num_layers)
             ]
+        self._warm_tokens: set[int] = set()
+        self._warm_sampled: set[int] = set()
         self._operators = KernelOperators if uses_kernels(self.device, dtype) else TorchOperators
 
     @torch.inference_mode()
@@ -81,6 +83,27 @@ class Transformer:
         normed, _ = operators.add_norm(x, residual, self._norm)
         return self._head(normed).float()
 
+    @torch.inference_mode()
+    def warm_up(self, tokens: Iterable[int], sampled: Iterable[int]) -> None:
+        """Multiply by every shape of weight once for each number of rows.
+
+        Matrix libraries make a kernel for each number of rows when they first meet it, which takes
+        a good part of an iteration. A server does that before it serves.
+
+        Args:
+            tokens: numbers of tokens that an iteration may have.
+            sampled: numbers of tokens that it may sample.
+        """
+        linears = self._layers[0].linears
+        for rows in sorted(set(tokens) - self._warm_tokens):
+            for linear in linears:
+                linear(torch.zeros(rows, linear.inputs, device=self.device, dtype=self.dtype))
+            self._warm_tokens.add(rows)
+        for rows in sorted(set(sampled) - self._warm_sampled):
+            shape = (rows, self._head.inputs)
+            self._head(torch.zeros(shape, device=self.device, dtype=self.dtype))
+            self._warm_sampled.add(rows)
+
 
 class _Layer:
     """One layer; what comes out is not yet added to the residual, the next norm does that."""
@@ -99,6 +122,11 @@ class _Layer:
         if config.qk_norm:
             norms = (place(f"{attention}{part}_norm.weight") for part in "qk")
             self._qk_norm = (next(norms), next(norms))
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Its matrix products."""
+        return self._qkv, self._output, self._gate_up, self._down
 
     def __call__(
         self, x: Tensor, residual: Tensor, cache: KvCache, operators: Operators

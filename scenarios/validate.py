@@ -146,5 +146,5 @@ def _write(plan: "Plan", lines: Sequence[Line], runs: "dict[str, Runs]") -> None
             from scenarios.plots import two_panels
 
             last = list(runs.values())[-1]
-            two_panels(last.simulated, last.measured[0], building / PICTURE)
+            two_panels(last.simulated[0], last.measured[0], building / PICTURE)
     console().print(f"written to {plan.out}: {ANSWERS}" + (f", {PICTURE}" if runs else ""))

@@ -18,6 +18,7 @@ from scenarios.validation.numbers import compare, number_lines
 from scenarios.validation.options import Fault, Options, Question
 from scenarios.validation.timing import Runs
 from scenarios.validation.verdict import Line, Verdict
+from sim.costs.base import IterationCost
 from sim.costs.fitted import Fitted
 from sim.policies.batching.base import Batching
 from sim.trace import Trace
@@ -111,6 +112,7 @@ def _time(
         return Source(requests, seed, timing.CONTEXT)
 
     measured: dict[str, list[Trace]] = {name: [] for name in names}
+    spent: list[IterationCost] = []
     for repeat in range(sizes.repeats):
         # Interleaved, and each policy in each place: what one leaves behind averages out.
         first = repeat % len(names)
@@ -119,13 +121,15 @@ def _time(
             measured[name].append(served.trace)
             costs.refresh(part, len(names))
             progress.advance(task)
-    cost = costs.cost()
+        spent.append(costs.cost(repeat))
     costs.keep()
     runs = {
-        name: Runs(timing.predict(source(), plan.policies[name], cost), traces)
+        name: Runs(
+            [timing.predict(source(), plan.policies[name], cost) for cost in spent], traces, spent
+        )
         for name, traces in measured.items()
     }
-    return runs, timing.time_lines(runs, cost, plan.accept, seed)
+    return runs, timing.time_lines(runs, plan.accept, seed)
 
 
 class _Costs:
@@ -153,18 +157,22 @@ class _Costs:
         if self._passes is not None:
             self._passes.time(part, parts)
 
-    def cost(self) -> Fitted:
-        """The cost as known so far."""
-        if self._passes is not None:
-            self._fit = calibrate.fit_of(self._passes.measured())
-        assert self._fit is not None
-        return Fitted(self._fit)
+    def cost(self, first_pass: int = 0) -> Fitted:
+        """The cost, from the calibration's passes since `first_pass` where it lies between the runs.
+
+        Those before and within a repeat know how fast the machine was then.
+        """
+        if self._passes is None:
+            assert self._fit is not None
+            return Fitted(self._fit)
+        return Fitted(calibrate.fit_of(self._passes.measured(first_pass)))
 
     def keep(self) -> None:
-        """Write the fit as this machine's, where there is none that holds."""
+        """Write the fit of all passes as this machine's, where there is none that holds."""
         stored = calibrate.stored(self._path, self._weights, self._device)
-        if self._fit is not None and stored is None:
-            calibrate.write(self._fit, self._weights, self._model, self._device, self._path)
+        if self._passes is not None and stored is None:
+            fit = calibrate.fit_of(self._passes.measured())
+            calibrate.write(fit, self._weights, self._model, self._device, self._path)
 
 
 def _not_run(question: Question, why: str) -> Line:

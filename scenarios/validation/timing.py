@@ -38,9 +38,12 @@ KINDS = {1: "prefill", 2: "decode", 3: "mixed"}
 class Runs(NamedTuple):
     """One policy's runs of the same requests."""
 
-    simulated: Trace
+    simulated: list[Trace]
+    """One a repeat: with the costs that were calibrated beside its runs."""
     measured: list[Trace]
     """One a repeat."""
+    costs: list[IterationCost]
+    """Those of the simulated panel, one a repeat."""
 
 
 def workload(rate_per_s: float, num_requests: int) -> Poisson:
@@ -67,15 +70,13 @@ def predict(source: Source, batching: Batching, cost: IterationCost) -> Trace:
     return simulate(source, batching, LIMITS, Costed(cost))
 
 
-def time_lines(
-    runs: Mapping[str, Runs], cost: IterationCost, accept: Mapping[str, float], seed: int
-) -> list[Line]:
+def time_lines(runs: Mapping[str, Runs], accept: Mapping[str, float], seed: int) -> list[Line]:
     """Every line of question 4."""
     lines: list[Line] = []
     for name, one in runs.items():
         lines += [_request_line(name, figure, one, accept, seed) for figure in ("ttft", "e2e")]
     for name, one in runs.items():
-        lines += _iteration_lines(name, one.measured, cost, seed)
+        lines += _iteration_lines(name, one, seed)
     if {"continuous", "chunked_prefill"} <= runs.keys():
         lines += _ratio_lines(runs["continuous"], runs["chunked_prefill"], accept, seed)
     return lines
@@ -85,9 +86,11 @@ def _request_line(
     name: str, figure: str, runs: Runs, accept: Mapping[str, float], seed: int
 ) -> Line:
     """Median over requests of the relative error of their TTFT or end-to-end latency."""
-    ours = getattr(request_times(runs.simulated), f"{figure}_s")
-    theirs = [getattr(request_times(trace), f"{figure}_s") for trace in runs.measured]
-    errors = [float(np.median(np.abs(ours / repeat - 1))) for repeat in theirs]
+    ours, theirs = (
+        [getattr(request_times(trace), f"{figure}_s") for trace in side]
+        for side in (runs.simulated, runs.measured)
+    )
+    errors = [float(np.median(np.abs(a / b - 1))) for a, b in zip(ours, theirs, strict=True)]
     error, low, high = over_repeats(errors, seed)
     accepted = accept.get(f"{figure}_median_error")
     title = {"ttft": "TTFT", "e2e": "latency"}[figure]
@@ -99,13 +102,12 @@ def _request_line(
     )  # fmt: skip
 
 
-def _iteration_lines(
-    name: str, repeats: Sequence[Trace], cost: IterationCost, seed: int
-) -> list[Line]:
+def _iteration_lines(name: str, runs: Runs, seed: int) -> list[Line]:
     """Median error of an iteration's duration, given its measured shape, by kind."""
     lines: list[Line] = []
     for bit, kind in KINDS.items():
-        sides = [_durations(trace, bit, cost) for trace in repeats]
+        pairs = zip(runs.measured, runs.costs, strict=True)
+        sides = [_durations(trace, bit, cost) for trace, cost in pairs]
         sides = [side for side in sides if len(side[0])]
         if not sides:
             continue
@@ -139,12 +141,14 @@ def _ratio_lines(
 ) -> list[Line]:
     """The p99 ITL of chunked_prefill over that of continuous: what the policy is about."""
     share, share_low, share_high = prefill_share(continuous.measured, seed)
-    predicted = _p99_itl(chunked.simulated) / _p99_itl(continuous.simulated)
-    ratios = [
-        _p99_itl(one) / _p99_itl(other)
-        for one, other in zip(chunked.measured, continuous.measured, strict=True)
-    ]
-    error, low, high = over_repeats([abs(predicted / ratio - 1) for ratio in ratios], seed)
+    predicted, ratios = (
+        [_p99_itl(one) / _p99_itl(other) for one, other in zip(ours, theirs, strict=True)]
+        for ours, theirs in (
+            (chunked.simulated, continuous.simulated), (chunked.measured, continuous.measured),
+        )
+    )  # fmt: skip
+    errors = [abs(a / b - 1) for a, b in zip(predicted, ratios, strict=True)]
+    error, low, high = over_repeats(errors, seed)
     accepted = accept.get("itl_p99_ratio_error")
     enough = share >= PREFILL_SHARE_NEEDED
     return [
@@ -156,7 +160,7 @@ def _ratio_lines(
         ),
         Line(
             question="time", metric="chunked_prefill / continuous: ratio of p99 ITL",
-            simulated=f"{predicted:.3f}", measured=f"{np.median(ratios):.3f}", error=error,
+            simulated=f"{np.median(predicted):.3f}", measured=f"{np.median(ratios):.3f}", error=error,
             low=low, high=high, accepted=accepted,
             verdict=judge_error(error, low, high, accepted) if enough else Verdict.not_run,
             note="" if enough else "too few gaps contain a prefill",

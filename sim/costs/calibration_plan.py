@@ -41,6 +41,11 @@ def training_batches() -> list[BatchPlan]:
         for tokens, before in ((6, 0), (13, 20), (28, 0), (60, 30))
         for batch, context in ((1, 90), (3, 24), (6, 60), (12, 25))
     ]
+    mixed += [
+        BatchPlan(chunks=((first, 0), (second, 0)), contexts=(context,) * batch)
+        for first, second in ((20, 11), (30, 13), (29, 25))
+        for batch, context in ((1, 70), (4, 25), (8, 48))
+    ]
     # Without these, what the layers cost and what the lm_head costs could not be told apart.
     begun = [BatchPlan(chunks=((tokens, 0),), ends=False) for tokens in (3, 7, 14, 27, 55, 110)]
     begun += [BatchPlan(chunks=((12, 40),), contexts=(24,) * 3, ends=False)]

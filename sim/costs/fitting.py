@@ -54,8 +54,7 @@ def fit_iteration(
         raise ValueError(
             f"{len(rows)} shapes cannot settle {rows.shape[1]} coefficients; measure more shapes"
         )
-    seconds = np.array([m.seconds for m in train])
-    found, _ = nnls(rows / seconds[:, None], np.ones(len(rows)))
+    found = _robust(rows, np.array([m.seconds for m in train]))
     fit = FittedIteration(
         body_tokens=list(body),
         body_s=np.cumsum(found[: len(body)]).tolist(),
@@ -79,6 +78,15 @@ def relative_errors(fit: FittedIteration, measured: Sequence[Measured]) -> NDArr
     """|predicted - measured| / measured of each shape."""
     cost = Fitted(fit)
     return np.array([abs(cost.iteration_s(m.shape) / m.seconds - 1) for m in measured])
+
+
+def _robust(rows: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Least relative error at coefficients from zero up, without what a stall made far too slow."""
+    found, _ = nnls(rows / seconds[:, None], np.ones(len(rows)))
+    kept = seconds <= 1.4 * (rows @ found)
+    if kept.all() or kept.sum() < rows.shape[1]:
+        return found
+    return nnls(rows[kept] / seconds[kept, None], np.ones(int(kept.sum())))[0]
 
 
 def _largest_context(measured: Sequence[Measured]) -> int:
