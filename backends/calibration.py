@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from backends.arrivals import Arrivals
@@ -17,7 +18,7 @@ from backends.sampling import Sampler
 from backends.tokenizer import prompt_token_ids
 from backends.transformer import Transformer
 from sim.costs.calibration_plan import BatchPlan
-from sim.costs.fitting import Measured
+from sim.costs.fitting import STALL, Measured
 from sim.engine import ReplicaLimits
 from sim.policies.batching.base import Batch, Batching, ReplicaView
 from sim.provenance import processor
@@ -79,17 +80,23 @@ class Passes:
     def measured(self, first: int = 0) -> list[Measured]:
         """Mean seconds of each batch over the passes from `first` on, in order of the plans.
 
-        The mean, because a request's latency is a sum; without what took half as long again as the
-        median, because a stall says nothing about the batch that it met.
+        The mean, because a request's latency is a sum; without stalls, which say nothing about the
+        batch that they met.
         """
         return [
             Measured(plan.shape, _mean_without_stalls(seconds[first:]))
             for plan, seconds in zip(self._plans, self._seconds, strict=True)
         ]
 
+    def spread(self) -> float:
+        """By how much the same batch differs from its mean when it is timed again, the median."""
+        repeated = [np.array(seconds) for seconds in self._seconds if len(seconds) > 1]
+        deviations = [np.abs(seconds / seconds.mean() - 1) for seconds in repeated]
+        return float(np.median(np.concatenate(deviations))) if deviations else 0.0
+
 
 def _mean_without_stalls(seconds: Sequence[float]) -> float:
-    limit = 1.5 * statistics.median(seconds)
+    limit = STALL * statistics.median(seconds)
     return statistics.mean(value for value in seconds if value <= limit)
 
 

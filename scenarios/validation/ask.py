@@ -129,7 +129,7 @@ def _time(
         )
         for name, traces in measured.items()
     }
-    return runs, timing.time_lines(runs, plan.accept, seed)
+    return runs, timing.time_lines(runs, plan.accept, costs.spread(), seed)
 
 
 class _Costs:
@@ -158,7 +158,7 @@ class _Costs:
             self._passes.time(part, parts)
 
     def cost(self, first_pass: int = 0) -> Fitted:
-        """The cost, from the calibration's passes since `first_pass` where it lies between the runs.
+        """The cost; of a calibration between the runs, from its passes since `first_pass`.
 
         Those before and within a repeat know how fast the machine was then.
         """
@@ -166,6 +166,10 @@ class _Costs:
             assert self._fit is not None
             return Fitted(self._fit)
         return Fitted(calibrate.fit_of(self._passes.measured(first_pass)))
+
+    def spread(self) -> float:
+        """By how much the same iteration differs from itself; 0 where nothing was timed again."""
+        return 0.0 if self._passes is None else self._passes.spread()
 
     def keep(self) -> None:
         """Write the fit of all passes as this machine's, where there is none that holds."""

@@ -7,40 +7,30 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-RESAMPLES = 2000
+RESAMPLES = 1000
 
 
-def over_repeats(values: Sequence[float], seed: int) -> tuple[float, float, float]:
-    """Median of a figure over repeats of the same requests, and its 95 % bootstrap interval.
-
-    The repeats differ by what the machine did meanwhile, and so does the interval. With few repeats
-    it spans all of them.
-
-    Args:
-        values: one a repeat.
-        seed: of the draws.
-    """
-    found = np.array(values)
-    low, high = _bootstrap(len(found), lambda drawn: float(np.median(found[drawn])), seed)
-    return float(np.median(found)), low, high
-
-
-def over_requests(rows: Sequence[Floats], seed: int) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean of all values, drawn request by request.
-
-    Args:
-        rows: the values of each request.
-        seed: of the draws.
-    """
-    sums = np.array([row.sum() for row in rows])
-    counts = np.array([len(row) for row in rows])
-    return _bootstrap(len(rows), lambda drawn: sums[drawn].sum() / counts[drawn].sum(), seed)
-
-
-def _bootstrap(
-    count: int, statistic: Callable[[NDArray[np.int64]], float], seed: int
+def two_stage(
+    repeats: Sequence[Sequence[Floats]], statistic: Callable[[Floats], float], seed: int
 ) -> tuple[float, float]:
+    """The 95 % bootstrap interval of a statistic over runs: runs are drawn, then their requests.
+
+    Requests of one run share its queue and its minute of the machine, so drawing requests alone
+    would claim too much; few requests say little of a high percentile, so drawing repeats alone
+    would as well.
+
+    Args:
+        repeats: for each run, what each request brings, its values along the last axis.
+        statistic: of all drawn values, joined along their last axis.
+        seed: of the draws.
+    """
     rng = np.random.default_rng(seed)
-    found = [statistic(rng.integers(count, size=count)) for _ in range(RESAMPLES)]
+    found: list[float] = []
+    for _ in range(RESAMPLES):
+        drawn: list[Floats] = []
+        for repeat in rng.integers(len(repeats), size=len(repeats)):
+            rows = repeats[repeat]
+            drawn += [rows[row] for row in rng.integers(len(rows), size=len(rows))]
+        found.append(statistic(np.concatenate(drawn, axis=-1)))
     low, high = np.percentile(found, [2.5, 97.5])
     return float(low), float(high)

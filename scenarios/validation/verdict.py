@@ -39,16 +39,22 @@ def judge_exact(differences: int) -> Verdict:
     return Verdict.missed if differences else Verdict.passed
 
 
-def judge_error(error: float, low: float, high: float, accepted: float | None) -> Verdict:
+def judge_error(
+    error: float, low: float, high: float, accepted: float | None, spread: float = 0.0
+) -> Verdict:
     """Judge an error with its interval.
 
-    Too noisy: half the interval's width is over half the acceptance, and the error is not so large
-    that the whole interval misses.
+    Too noisy: half the interval's width is over half the acceptance, or so is the spread.
+
+    Args:
+        error: relative.
+        low: of its 95 % interval.
+        high: of its 95 % interval.
+        accepted: largest error that passes; None only reports.
+        spread: by how much the same iteration differs from itself when it is timed again.
     """
     if accepted is None:
         return Verdict.reported
-    if low > accepted:
-        return Verdict.missed
-    if (high - low) / 2 > accepted / 2:
+    if max((high - low) / 2, spread) > accepted / 2:
         return Verdict.too_noisy
     return Verdict.passed if error <= accepted else Verdict.missed

@@ -20,6 +20,9 @@ BODY_TOKENS = (1.0, 6.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 HEAD_TOKENS = (1.0, 6.0, 8.0, 16.0, 32.0)
 """Bends of the two curves. CPU kernels take up to six rows at the price of one."""
 
+STALL = 2.5
+"""A timing so many times the usual says nothing about its batch."""
+
 
 class Measured(NamedTuple):
     """A shape and how long it took."""
@@ -81,12 +84,21 @@ def relative_errors(fit: FittedIteration, measured: Sequence[Measured]) -> NDArr
 
 
 def _robust(rows: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Least relative error at coefficients from zero up, without what a stall made far too slow."""
-    found, _ = nnls(rows / seconds[:, None], np.ones(len(rows)))
-    kept = seconds <= 1.4 * (rows @ found)
-    if kept.all() or kept.sum() < rows.shape[1]:
-        return found
-    return nnls(rows[kept] / seconds[kept, None], np.ones(int(kept.sum())))[0]
+    """Least relative error at coefficients from zero up.
+
+    Dividing by the measured seconds would favour fast timings and predict below the mean; the
+    second and third round divide by what the round before predicts. What took far longer than that
+    met a stall and is left out.
+    """
+    scale, kept = seconds, np.ones(len(seconds), np.bool_)
+    for _ in range(3):
+        weighted = rows[kept] / scale[kept, None]
+        found, _ = nnls(weighted, seconds[kept] / scale[kept])
+        scale = np.maximum(rows @ found, 1e-3 * seconds)
+        kept = seconds <= STALL * scale
+        if kept.sum() < rows.shape[1]:
+            break
+    return found
 
 
 def _largest_context(measured: Sequence[Measured]) -> int:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scenarios.cli import main
-from scenarios.validation.intervals import over_repeats, over_requests
+from scenarios.validation.intervals import two_stage
 from scenarios.validation.verdict import Verdict, judge_error, judge_exact
 
 
@@ -90,20 +90,24 @@ def test_verdicts_follow_the_stated_rule():
     assert judge_error(0.05, 0.04, 0.06, 0.15) is Verdict.passed
     assert judge_error(0.20, 0.14, 0.22, 0.15) is Verdict.missed
     assert judge_error(0.10, 0.01, 0.20, 0.15) is Verdict.too_noisy
-    assert judge_error(0.50, 0.20, 0.90, 0.15) is Verdict.missed
+    assert judge_error(0.50, 0.45, 0.55, 0.15) is Verdict.missed
+    assert judge_error(0.50, 0.45, 0.55, 0.15, spread=0.08) is Verdict.too_noisy
     assert judge_error(0.50, 0.20, 0.90, None) is Verdict.reported
 
 
-def test_interval_of_few_repeats_spans_them():
-    median, low, high = over_repeats([0.1, 0.3, 0.2], 0)
-    assert (median, low, high) == (0.2, 0.1, 0.3)
-    assert over_repeats([0.1], 0) == (0.1, 0.1, 0.1)
+def test_interval_of_repeats_that_differ_is_wider_than_their_requests_say():
+    rng = np.random.default_rng(0)
+    apart = [[np.array([level + 0.01 * rng.normal()]) for _ in range(50)] for level in (0, 1, 2)]
+    low, high = two_stage(apart, lambda drawn: float(np.mean(drawn)), 0)
+    assert low < 0.5
+    assert high > 1.5
 
 
-def test_interval_over_requests_covers_a_known_mean():
+def test_interval_covers_a_known_mean():
     rng = np.random.default_rng(0)
     covered = 0
-    for seed in range(60):
-        low, high = over_requests([rng.normal(size=5) + rng.normal() for _ in range(40)], seed)
+    for seed in range(40):
+        rows = [rng.normal(size=5) + rng.normal() for _ in range(40)]
+        low, high = two_stage([rows, rows], lambda drawn: float(np.mean(drawn)), seed)
         covered += low <= 0 <= high
-    assert covered >= 50
+    assert covered >= 32
