@@ -128,7 +128,7 @@ def _errors(line: Line) -> Iterator[str]:
     exact = line.accepted is not None and line.accepted < 0.01
     style = "{:.2g}" if exact else "{:.1%}"
     yield "" if line.error is None else style.format(line.error)
-    yield "" if line.low is None else f"{style.format(line.low)} to {style.format(line.high)}"
+    yield "" if line.low is None else f"{style.format(line.low)} - {style.format(line.high)}"
     yield "" if line.accepted is None else style.format(line.accepted)
 
 

@@ -118,14 +118,14 @@ def number_lines(name: str, found: Comparison, num_prompts: int) -> list[Line]:
     close = found.logit_error <= LOGITS_ACCEPTED
     return [
         Line(
-            question="numbers", metric=f"{name}: tokens that differ from transformers'",
+            question="numbers", metric=f"{name}: tokens unlike transformers'",
             simulated="", measured=f"{found.num_tokens:,} tokens",
             error=wrong, accepted=0, verdict=judge_exact(wrong),
             note=f"{num_prompts} prompts; near ties, teacher-forced: {found.near_ties} of "
             f"{allowed} allowed",
         ),
         Line(
-            question="numbers", metric=f"{name}: largest difference of a logit",
+            question="numbers", metric=f"{name}: largest logit difference",
             simulated="", measured=f"{found.logit_error:.1e}", error=found.logit_error,
             accepted=LOGITS_ACCEPTED, verdict=Verdict.passed if close else Verdict.missed,
         ),

@@ -86,7 +86,7 @@ def time_lines(
     """
     lines = [
         Line(
-            question="time", metric="the machine: the same iteration timed again, median deviation",
+            question="time", metric="the machine: an iteration timed again deviates by",
             simulated="", measured=f"{spread:.1%}", error=None, verdict=Verdict.reported,
         )
     ]  # fmt: skip
@@ -112,7 +112,7 @@ def _request_line(
     error, low, high = _median(errors, seed)
     accepted = accept.get(f"{figure}_median_error")
     return Line(
-        question="time", metric=f"{name}: {FIGURES[figure]} of a request, median error",
+        question="time", metric=f"{name}: {FIGURES[figure]}, median error of a request",
         simulated=f"{np.median(ours):.3f} s", measured=f"{np.median(theirs):.3f} s",
         error=error, low=low, high=high, accepted=accepted,
         verdict=judge(error, low, high, accepted),
@@ -177,7 +177,7 @@ def _ratio_lines(
             f"at least {PREFILL_SHARE_NEEDED:.0%} needed",
         ),
         Line(
-            question="time", metric="chunked_prefill / continuous: ratio of p99 ITL",
+            question="time", metric="chunked_prefill / continuous, p99 ITL",
             simulated=f"{predicted:.3f}", measured=f"{measured:.3f}", error=error,
             low=low, high=high, accepted=accepted,
             verdict=judge(error, low, high, accepted) if enough else Verdict.not_run,

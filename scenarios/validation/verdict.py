@@ -44,7 +44,8 @@ def judge_error(
 ) -> Verdict:
     """Judge an error with its interval.
 
-    Too noisy: half the interval's width is over half the acceptance, or so is the spread.
+    Too noisy: half the interval's width is over half the acceptance, or so is the spread; or the
+    error is above the acceptance and the interval is not.
 
     Args:
         error: relative.
@@ -57,4 +58,6 @@ def judge_error(
         return Verdict.reported
     if max((high - low) / 2, spread) > accepted / 2:
         return Verdict.too_noisy
-    return Verdict.passed if error <= accepted else Verdict.missed
+    if error <= accepted:
+        return Verdict.passed
+    return Verdict.missed if low > accepted else Verdict.too_noisy
