@@ -101,6 +101,7 @@ def tiny_fit() -> Fitted:
             coefficients=coefficients,
             heldout_median_error=0.0,
             heldout_p90_error=0.0,
+            max_context_tokens=220,
             num_shapes=1,
             num_heldout=1,
             dtype="fp32",

@@ -106,8 +106,20 @@ def test_fitted_costs_need_a_calibration_of_the_model() -> None:
         fingerprint="f", torch_version="2", threads=1, models={"tiny_llama": tiny_fit().fit}
     )
     node = replace(load_node("a100_80g_x1"), calibration=fits)
-    setup = prepare(scenario(gpu=None, node=node, cost=CostFamily.fitted))
+    calibrated = scenario(gpu=None, node=node, cost=CostFamily.fitted)
+    with pytest.raises(ValueError, match=r"model.dtype=bf16 was not calibrated, fp32 was"):
+        prepare(calibrated)
+    setup = prepare(replace(calibrated, model=Model(name="tiny_llama", dtype=Dtype.fp32)))
     assert isinstance(setup.cost, Fitted)
+
+
+def test_settings_without_effect_are_warned_of() -> None:
+    narrow = Engine(max_num_seqs=8, max_num_batched_tokens=64)
+    chunked = Policies(batching=ChunkedPrefill(chunk_tokens=128))
+    with pytest.warns(UserWarning, match=r"chunk_tokens=128 is above engine.max_num_batched"):
+        check(scenario(engine=narrow, policy=chunked))
+    with pytest.warns(UserWarning, match=r"has 8 GPUs and one replica uses one"):
+        check(scenario(gpu=None, node=load_node("a100_80g_x8")))
 
 
 def test_a_run_leaves_its_scenario_alone_and_repeats_itself() -> None:
