@@ -102,7 +102,9 @@ def whole_process(num_requests: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable, "-m", "scenarios.cli", "run", "-cn", "replica",
-            f"workload.num_requests={num_requests}", f"out={Path(folder) / 'result'}",
+            "workload=poisson", "workload.input_tokens=512", "workload.output_tokens=128",
+            "workload.rate_per_s=8", f"workload.num_requests={num_requests}", "seeds=[0]",
+            f"out={Path(folder) / 'result'}",
         ]  # fmt: skip
         seconds: list[float] = []
         for _ in range(3):

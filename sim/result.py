@@ -14,7 +14,7 @@ import numpy as np
 
 from sim import files, metrics
 from sim.scenario import Scenario
-from sim.trace import Trace
+from sim.trace import Array, Trace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,17 +76,23 @@ class Result:
         """One row a finished request of the first seed: TTFT and its parts, TPOT, latency."""
         import pandas as pd
 
+        return pd.DataFrame(self._request_columns())
+
+    def _request_columns(self) -> dict[str, Array]:
         times = metrics.request_times(self.trace)
         parts = metrics.ttft_parts(self.trace, times)
-        return pd.DataFrame(
-            {
-                "request": times.request, "arrival_s": times.arrival_s, "ttft_s": times.ttft_s,
-                "queue_s": parts.queue_s, "prefill_s": parts.prefill_s,
-                "interference_s": parts.interference_s, "tpot_s": times.tpot_s,
-                "e2e_s": times.e2e_s, "output_tokens": times.output_tokens,
-                "num_preemptions": times.num_preemptions,
-            }
-        )  # fmt: skip
+        return {
+            "request": times.request,
+            "arrival_s": times.arrival_s,
+            "ttft_s": times.ttft_s,
+            "queue_s": parts.queue_s,
+            "prefill_s": parts.prefill_s,
+            "interference_s": parts.interference_s,
+            "tpot_s": times.tpot_s,
+            "e2e_s": times.e2e_s,
+            "output_tokens": times.output_tokens,
+            "num_preemptions": times.num_preemptions,
+        }
 
     def as_json(self) -> dict[str, Any]:
         """What `summary.json` holds: all but the traces, in JSON's types."""
@@ -118,7 +124,9 @@ class Result:
         with files.whole_folder(folder) as building:
             files.write_json(building / SUMMARY, self.as_json())
             if requests:
-                self.requests().to_parquet(building / "requests.parquet", index=False)
+                from sim.trace_files import write_columns
+
+                write_columns(self._request_columns(), building / "requests.parquet")
             if trace:
                 self.trace.save(building / "trace")
         return folder

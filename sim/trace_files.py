@@ -1,14 +1,20 @@
 # pyright: basic
 """Traces as Parquet files and pandas frames. Both libraries come without complete types."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sim.trace import RAGGED, SCHEMA_VERSION, SPAN_NAMES, Ragged, Table, Trace
+from sim.trace import RAGGED, SCHEMA_VERSION, SPAN_NAMES, Array, Ragged, Table, Trace
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TABLES = ("iterations", "requests", "events", "runs", "decisions", "spans")
 STAMP = b"diptych_trace_schema"
@@ -20,6 +26,8 @@ def trace_frame(trace: Trace, table: str) -> pd.DataFrame:
     Raises:
         ValueError: there is no such table.
     """
+    import pandas as pd
+
     if table not in TABLES:
         raise ValueError(f"table={table!r} is not in a trace; take one of {', '.join(TABLES)}")
     columns: dict[str, object] = dict(getattr(trace, table))
@@ -35,16 +43,35 @@ def save_trace(trace: Trace, folder: Path) -> None:
     """Write every table as Parquet, stamped with the schema's version, into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in TABLES:
-        columns = {key: pa.array(value) for key, value in getattr(trace, name).items()}
+        columns = {key: _column(values) for key, values in getattr(trace, name).items()}
         if name == "decisions":
             for key, ragged in trace.decision_lists.items():
-                columns[key] = pa.LargeListArray.from_arrays(ragged.offsets, ragged.values)
+                columns[key] = pa.LargeListArray.from_arrays(
+                    _column(ragged.offsets), _column(ragged.values)
+                )
         if name == "spans":
             columns |= {
                 key: pa.array(value, pa.string()) for key, value in trace.span_names.items()
             }
         table = pa.table(columns).replace_schema_metadata({STAMP: str(SCHEMA_VERSION).encode()})
-        pq.write_table(table, folder / f"{name}.parquet")
+        _write(table, folder / f"{name}.parquet")
+
+
+def write_columns(columns: Mapping[str, Array], path: Path) -> None:
+    """Write a table of numbers as Parquet."""
+    _write(pa.table({key: _column(values) for key, values in columns.items()}), path)
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    # Instants hardly repeat: a dictionary of them only takes memory.
+    pq.write_table(table, path, use_dictionary=False)
+
+
+def _column(values: Array) -> pa.Array:
+    """An Arrow array over the same memory; `pa.array` would import all of pandas first."""
+    kind = pa.float64() if values.dtype == np.float64 else pa.int64()
+    held = np.ascontiguousarray(values, np.float64 if kind == pa.float64() else np.int64)
+    return pa.Array.from_buffers(kind, len(held), [None, pa.py_buffer(held)])
 
 
 def load_trace(folder: Path) -> Trace:
