@@ -4,6 +4,9 @@ from typing import Protocol
 
 from sim.models.work import IterationShape
 
+SHORT_RUN = 12
+"""Decode stretches shorter than this are costed faster without numpy; the bits are the same."""
+
 
 class IterationCost(Protocol):
     """Seconds of one replica's iterations. Pure: the same shape always costs the same."""

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hardware_models.schema import FittedIteration
+from sim.costs.base import SHORT_RUN
 from sim.models.work import IterationShape
 
 
@@ -67,10 +68,6 @@ class Fitted:
                 fit.head_tokens, fit.head_s, sampled
             )
         return self._fixed_s[key]
-
-
-SHORT_RUN = 12
-"""Up to here a list comprehension is faster than numpy; the bits are the same."""
 
 
 def interpolate(knots: Sequence[float], values: Sequence[float], at: float) -> float:

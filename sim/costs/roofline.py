@@ -6,6 +6,7 @@ overlaps another. An optimistic bound: real kernels reach a share of either peak
 
 import numpy as np
 
+from sim.costs.base import SHORT_RUN
 from sim.models.architecture import Architecture
 from sim.models.work import IterationShape, Operator, iteration_operators
 
@@ -110,7 +111,3 @@ class Roofline:
 
     def _operators(self, shape: IterationShape) -> list[Operator]:
         return iteration_operators(self.architecture, shape, self.dtype_bytes, self.kv_dtype_bytes)
-
-
-SHORT_RUN = 12
-"""Up to here a list comprehension is faster than numpy; the bits are the same."""

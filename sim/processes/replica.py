@@ -6,6 +6,7 @@ from typing import Any
 
 from simpy.events import Event
 
+from sim.costs.base import decode_shape
 from sim.engine import ReplicaLimits
 from sim.models.work import IterationShape
 from sim.policies.batching.base import DECODE, ONE_BY_ONE, Batch, Batching, Wake
@@ -138,7 +139,7 @@ class Replica:
         before = (state.free_blocks, len(state.waiting), context)
         self._boundaries = self.pace.decode_run(self.environment.now, decodes, read, count)
         count = len(self._boundaries) - 1
-        self._log(count, before, IterationShape(0, 0, 0, 0, decodes, read, decodes), DECODE)
+        self._log(count, before, decode_shape(decodes, read), DECODE)
         timer = self.environment.boundary(self._boundaries[-1])
         self._timer = timer if count > 1 and Wake.arrival in standing.wake_on else None
         return timer
