@@ -13,7 +13,7 @@ import torch
 from backends.arrivals import Arrivals
 from backends.kv_cache import PagedKVCache
 from backends.observed import Sequence as Stay
-from backends.replica import Replica
+from backends.replica import Replica, synchronise
 from backends.sampling import Sampler
 from backends.tokenizer import prompt_token_ids
 from backends.transformer import Transformer
@@ -143,12 +143,6 @@ def _stays(model: Transformer, plan: BatchPlan) -> list[Stay]:
             )
         )
     return stays
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for a device that works on its own."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def fingerprint(device: str) -> str:

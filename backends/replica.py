@@ -192,6 +192,8 @@ class Replica:
         logits = self.model.forward(batch, self.cache)
         sampled = [chunk for chunk in chunks if chunk.sample]
         if not sampled:
+            # No token comes back to wait for, and the iteration ends when its work is done.
+            synchronise(self.model.device)
             return []
         ids = [chunk.request_id for chunk in sampled]
         positions = [chunk.start + len(chunk.token_ids) for chunk in sampled]
@@ -248,3 +250,9 @@ class Replica:
         left = [request_id for request_id in self._decoding if request_id not in set(decoding)]
         self._decoding = decoding
         self.recorder.decision(now_s, 1, before, shape, batch, joined, left)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a device that works on its own."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,7 +1,8 @@
 """How fast does the real panel generate, beside transformers' own batched `generate`?
 
-SmolLM2-135M in float32, one thread, greedy, the same prompts in one static batch; prompt and answer
-together are timed, the repeats of both are interleaved. Time per token is the median of repeats.
+SmolLM2-135M in float32, one thread, greedy, the same prompts in one static batch; the whole engine
+is timed from the first prompt to the last token, and the repeats of both are interleaved. Time per
+token is the median of repeats.
 """
 
 from __future__ import annotations
@@ -19,34 +20,40 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from backends.forward_batch import Chunk, ForwardBatch
 from backends.kv_cache import PagedKVCache
+from backends.replica import Replica
 from backends.sampling import Sampler
 from backends.tokenizer import prompt_token_ids
 from backends.transformer import Transformer
 from backends.weights import load_model
+from sim.engine import ReplicaLimits
+from sim.policies.batching.static import Static
+from sim.workload.recorded import Recorded
+from sim.workload.source import Source
 
 BATCHES = (1, 4, 8, 16)
 PROMPT_TOKENS, NEW_TOKENS, REPEATS = 32, 32, 5
 
 
-def ours(model: Transformer, cache: PagedKVCache, prompts: list[list[int]]) -> list[list[int]]:
-    """Greedy answers from a static batch on the paged cache."""
-    sampler, requests = Sampler(), range(len(prompts))
-    answers: list[list[int]] = [[] for _ in prompts]
-    chunks = [Chunk(request, prompts[request], 0) for request in requests]
-    for request in requests:
-        cache.allocate(request, len(prompts[request]) + NEW_TOKENS)
-    for step in range(NEW_TOKENS):
-        logits = model.forward(ForwardBatch.build(cache, chunks), cache)
-        positions = [len(prompt) + step for prompt in prompts]
-        tokens = sampler(logits, requests, positions)
-        for answer, token in zip(answers, tokens, strict=True):
-            answer.append(token)
-        chunks = [Chunk(request, [tokens[request]], positions[request]) for request in requests]
-    for request in requests:
-        cache.free(request)
-    return answers
+def ours(model: Transformer, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedy answers of the whole engine: policy, paged cache, forward passes, sampling, trace."""
+    count, size = len(prompts), 16
+    limits = ReplicaLimits(count, count * PROMPT_TOKENS, size, size * count)
+    together = Recorded(
+        arrival_s=[0.0] * count,
+        prompt_tokens=[len(prompt) for prompt in prompts],
+        output_tokens=[NEW_TOKENS] * count,
+    )
+    replica = Replica(
+        model=model,
+        cache=PagedKVCache(model.config, limits.num_blocks, size),
+        batching=Static(),
+        limits=limits,
+        prompts=lambda request: prompts[request.request_id],
+        sampler=Sampler(),
+    )
+    replica.serve(Source(together, 0, model.max_context))
+    return [replica.answers[index] for index in range(count)]
 
 
 def transformers_answers(model: Any, prompts: list[list[int]]) -> list[list[int]]:
@@ -75,12 +82,11 @@ def compare(batch: int, model: Transformer, reference: Any) -> tuple[float, floa
     """Median tokens a second of both, and how many of the answers are equal."""
     vocab = model.config.vocab_size
     prompts = [prompt_token_ids(0, request, PROMPT_TOKENS, vocab) for request in range(batch)]
-    cache = PagedKVCache(model.config, 16 * batch)
-    pairs = zip(ours(model, cache, prompts), transformers_answers(reference, prompts), strict=True)
+    pairs = zip(ours(model, prompts), transformers_answers(reference, prompts), strict=True)
     equal = sum(mine == theirs for mine, theirs in pairs)  # the first call of both is the warm-up
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(REPEATS):
-        times[0].append(seconds(ours, model, cache, prompts))
+        times[0].append(seconds(ours, model, prompts))
         times[1].append(seconds(transformers_answers, reference, prompts))
     speeds = [batch * NEW_TOKENS / statistics.median(series) for series in times]
     return speeds[0], speeds[1], equal

@@ -12,16 +12,23 @@ from typing import Any
 
 @contextmanager
 def whole_folder(folder: Path) -> Generator[Path]:
-    """A folder to fill; it takes its name when all is written, and vanishes when that fails."""
+    """A folder to fill; it takes its name when all is written, and vanishes when that fails.
+
+    What had the name before is moved aside first and deleted last: a crash loses neither.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    aside = building.with_name(f"{building.name}-old")
     try:
         yield building
         building.chmod(0o755)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(aside)
         building.rename(folder)
+        shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
+        if aside.exists() and not folder.exists():
+            aside.rename(folder)
         shutil.rmtree(building, ignore_errors=True)
         raise
 

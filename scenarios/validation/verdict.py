@@ -40,24 +40,24 @@ def judge_exact(differences: int) -> Verdict:
 
 
 def judge_error(
-    error: float, low: float, high: float, accepted: float | None, spread: float = 0.0
+    error: float, low: float, high: float, accepted: float | None, reproduced: float | None = None
 ) -> Verdict:
     """Judge an error with its interval.
 
-    Too noisy: half the interval's width is over half the acceptance, or so is the spread; or the
-    error is above the acceptance and the interval is not.
+    Missed: the whole interval is above the acceptance, and above what the real panel makes of
+    itself. Passed: the error is within the acceptance, and half the interval's width within half of
+    it. Too noisy: anything else.
 
     Args:
         error: relative.
         low: of its 95 % interval.
         high: of its 95 % interval.
         accepted: largest error that passes; None only reports.
-        spread: by how much the same iteration differs from itself when it is timed again.
+        reproduced: the same error of one real run as the prediction of another; None: not known.
     """
     if accepted is None:
         return Verdict.reported
-    if max((high - low) / 2, spread) > accepted / 2:
-        return Verdict.too_noisy
-    if error <= accepted:
-        return Verdict.passed
-    return Verdict.missed if low > accepted else Verdict.too_noisy
+    if low > max(accepted, reproduced or 0.0):
+        return Verdict.missed
+    precise = (high - low) / 2 <= accepted / 2
+    return Verdict.passed if precise and error <= accepted else Verdict.too_noisy

@@ -30,7 +30,7 @@ def training_batches() -> list[BatchPlan]:
     """Batches that the fit sees."""
     decodes = [
         BatchPlan(contexts=(context,) * batch)
-        for batch in (1, 2, 3, 4, 6, 8, 12, 16, 24)
+        for batch in (1, 2, 3, 4, 6, 7, 8, 12, 16, 24)
         for context in (20, 100, 220)
     ]
     prefills = [BatchPlan(chunks=((tokens, 0),)) for tokens in (4, 9, 18, 30, 50, 90, 140, 200)]

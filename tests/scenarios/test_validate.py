@@ -7,6 +7,7 @@ import pytest
 
 from scenarios.cli import main
 from scenarios.validation.intervals import two_stage
+from scenarios.validation.reproduced import median_error
 from scenarios.validation.verdict import Verdict, judge_error, judge_exact
 
 
@@ -91,9 +92,22 @@ def test_verdicts_follow_the_stated_rule():
     assert judge_error(0.20, 0.16, 0.24, 0.15) is Verdict.missed
     assert judge_error(0.20, 0.14, 0.22, 0.15) is Verdict.too_noisy
     assert judge_error(0.10, 0.01, 0.20, 0.15) is Verdict.too_noisy
-    assert judge_error(0.50, 0.45, 0.55, 0.15) is Verdict.missed
-    assert judge_error(0.50, 0.45, 0.55, 0.15, spread=0.08) is Verdict.too_noisy
+    assert judge_error(0.60, 0.30, 0.90, 0.15) is Verdict.missed
     assert judge_error(0.50, 0.20, 0.90, None) is Verdict.reported
+
+
+def test_no_simulator_is_asked_to_be_closer_to_a_run_than_the_machine_is_to_its_own_repeat():
+    assert judge_error(0.30, 0.25, 0.35, 0.20, 0.10) is Verdict.missed
+    assert judge_error(0.30, 0.25, 0.35, 0.20, 0.28) is Verdict.too_noisy
+    assert judge_error(0.90, 0.80, 0.95, 0.20, 0.28) is Verdict.missed
+    assert judge_error(0.10, 0.08, 0.14, 0.20, 0.28) is Verdict.passed
+
+
+def test_one_real_run_as_the_prediction_of_another():
+    runs = [np.array([1.0, 2.0]), np.array([1.0, 2.2]), np.array([1.0, 2.0])]
+    assert median_error(runs) == 0.0
+    assert median_error([np.array([1.0]), np.array([1.25])]) == pytest.approx((0.2 + 0.25) / 2)
+    assert median_error(runs[:1]) is None
 
 
 def test_interval_of_repeats_that_differ_is_wider_than_their_requests_say():
