@@ -6,12 +6,12 @@ and `- _self_`. Later entries win over earlier ones, key by key, as Hydra merges
 
 import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
 
+from hardware_models.names import alternatives
 from hardware_models.typed import Place
 
 SHIPPED = Path(__file__).parent
@@ -50,9 +50,7 @@ def find_part(kind: str, name: str, folders: Sequence[Path] = ()) -> Path:
         if path.is_file():
             return path
     known = part_names(kind, folders)
-    near = get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"{kind}={name!r} is not known; {hint}there are: {', '.join(known)}")
+    raise ValueError(f"{kind}={name!r} is not known; {alternatives(name, known)}")
 
 
 def part_names(kind: str, folders: Sequence[Path] = ()) -> list[str]:

@@ -4,9 +4,10 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
-from difflib import get_close_matches
 from enum import Enum
 from typing import Any, TypeVar
+
+from hardware_models.names import alternatives
 
 T = TypeVar("T")
 
@@ -122,8 +123,5 @@ def _is_required(field: "Field[Any]") -> bool:
 
 
 def _unknown_key(cls: type[object], key: str, known: list[str], place: Place) -> str:
-    near = get_close_matches(str(key), known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ";"
-    return f"key {place.child(str(key)).key!r} is not in {cls.__name__}{hint} it has: " + ", ".join(
-        known
-    )
+    spelt = place.child(str(key)).key
+    return f"key {spelt!r} is not in {cls.__name__}; {alternatives(key, known, 'it has')}"

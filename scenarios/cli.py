@@ -6,8 +6,9 @@ Nothing heavy is imported before the word is known, and each command imports its
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from importlib import import_module
+
+from hardware_models.names import alternatives
 
 COMMANDS = {
     "run": "simulate a study; -m runs its sweep",
@@ -65,9 +66,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in COMMANDS:
-        near = get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"command {name!r} is not known; {hint}there are: {', '.join(COMMANDS)}")
+        raise ValueError(f"command {name!r} is not known; {alternatives(name, COMMANDS)}")
     if HELP.intersection(rest) and name not in EXPLAIN_THEMSELVES:
         sys.stdout.write(_usage())
         return 0

@@ -1,7 +1,6 @@
 """From a command line or a notebook to a checked, typed study."""
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +10,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hardware_models.names import alternatives
+from scenarios.explain import explain
 from scenarios.folders import CONF, user_folders
 from scenarios.register import SCHEMA, register
 from scenarios.study import Study
@@ -122,25 +123,10 @@ def typed(config: DictConfig) -> Study:
     return study
 
 
-def explain(error: BaseException) -> str:
-    """Hydra's message with its cause, which often holds the key."""
-    lines = [str(error)]
-    cause = error.__cause__
-    if cause is not None and str(cause) not in lines[0]:
-        lines.append(str(cause))
-    missing = [line.strip() for line in str(error).splitlines() if "full_key:" in line]
-    if "Missing mandatory value" in lines[0] or "MissingMandatoryValue" in type(error).__name__:
-        key = missing[0].removeprefix("full_key:").strip() if missing else "it"
-        return f"{key} has no value and needs one; give it in the study or as {key}=VALUE"
-    return "\n".join(lines)
-
-
 def _require_study(study: str, config_dir: str | None) -> None:
     known = studies(config_dir)
     if study not in (SCHEMA, *known):
-        near = get_close_matches(study, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"study {study!r} is not known; {hint}there are: {', '.join(known)}")
+        raise ValueError(f"study {study!r} is not known; {alternatives(study, known)}")
 
 
 def _refuse_unknown(config: DictConfig, prefix: str) -> None:
@@ -151,7 +137,7 @@ def _refuse_unknown(config: DictConfig, prefix: str) -> None:
         path = f"{prefix}{key}"
         if known is not None and key not in known:
             raise ValueError(
-                f"{path} is not a field of {kind.__name__}, which has: {', '.join(known)}; "
+                f"{path} is not a field of {kind.__name__}; {alternatives(key, known, 'it has')}; "
                 "leave it out or correct its name"
             )
         if OmegaConf.is_missing(config, key):

@@ -2,10 +2,10 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 from hardware_models.composition import find_part
+from hardware_models.names import alternatives
 from hardware_models.parts import KINDS, load_gpu, load_node, names
 from scenarios import tables
 from scenarios.compose import parse, question, studies
@@ -37,9 +37,7 @@ def main(argv: Sequence[str]) -> int:
         spellings = (name, f"policy/{name}", name.removesuffix("s"), _PLURALS.get(name, ""))
         chosen = next((spelling for spelling in spellings if spelling in groups), None)
         if chosen is None:
-            near = get_close_matches(name, groups, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"group {name!r} is not known; {hint}there are: {', '.join(groups)}")
+            raise ValueError(f"group {name!r} is not known; {alternatives(name, groups)}")
         _show_one(chosen, groups[chosen]())
     return 0
 

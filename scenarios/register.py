@@ -23,6 +23,8 @@ from sim.scenario import Model, Policies
 
 SCHEMA = "schema"
 """What every study's defaults begin with."""
+RECORD = "diptych_study"
+"""The typed record behind it, under a name that no study of a user's own is likely to take."""
 
 _folders: list[Path] = []
 
@@ -59,7 +61,7 @@ def register(folders: Sequence[Path] = ()) -> None:
     for name in known_architectures():
         store.store(group="model", name=name, node=Model(name=name))
     store.store(group="engine", name="diptych", node=Engine)
-    store.store(name="study", node=_study())
+    store.store(name=RECORD, node=_study())
     store.store(name=SCHEMA, node={"defaults": defaults()})
 
 
@@ -72,7 +74,7 @@ def defaults() -> list[Any]:
     ]
     groups = {"model": Model().name, "engine": "diptych", "workload": "default"}
     parts = {"node": None, "gpu": None}
-    return ["study", *({k: v} for k, v in {**groups, **parts}.items()), *rules, "_self_"]
+    return [RECORD, *({k: v} for k, v in {**groups, **parts}.items()), *rules, "_self_"]
 
 
 def _name_of(family: str, kind: type[object]) -> str:

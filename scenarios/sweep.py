@@ -18,7 +18,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from scenarios import rows, tables
-from scenarios.compose import DROPS, Command, compose_config, explain, typed
+from scenarios.compose import DROPS, Command, compose_config, typed
+from scenarios.explain import explain
 from scenarios.folders import CONF, user_folders
 from scenarios.register import SCHEMA, register
 from scenarios.saving import digest, save

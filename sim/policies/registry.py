@@ -9,7 +9,6 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,6 +16,7 @@ from types import ModuleType
 from typing import TypeVar
 from zlib import crc32
 
+from hardware_models.names import alternatives
 from sim.policies.base import Policy
 from sim.workload.base import Workload
 
@@ -40,11 +40,8 @@ def contract(family: str) -> type[Policy]:
         ValueError: there is no such family, or its base.py does not define exactly one policy.
     """
     if family not in families():
-        near = get_close_matches(family, families(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(
-            f"policy family {family!r} is not known; {hint}there are: {', '.join(families())}"
-        )
+        known = alternatives(family, families())
+        raise ValueError(f"policy family {family!r} is not known; {known}")
     module = importlib.import_module(f"sim.policies.{family}.base")
     found = [kind for kind in _defined(module, Policy) if inspect.isabstract(kind)]
     return _only(found, f"{POLICIES / family / 'base.py'}", "abstract policy")

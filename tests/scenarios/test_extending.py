@@ -97,7 +97,13 @@ def test_what_one_command_found_the_next_does_not_see(diptych, own):
     diptych("run", "--config-dir", own, "-cn", "replica", *FEW, "policy/batching=patient")
     code, _, errors = diptych("run", "-cn", "replica", *FEW, "policy/batching=patient")
     assert code == 2
-    assert "policy/batching/patient" in errors
+    assert "policy/batching=patient is not known" in errors
+
+
+def test_a_study_of_ones_own_may_be_called_study(diptych, own):
+    (own / "study.yaml").write_text("# Mine?\ndefaults: [replica, _self_]\nname: study\n")
+    code, _, errors = diptych("run", "--config-dir", own, "-cn", "study", *FEW, "out=mine")
+    assert (code, errors) == (0, "")
 
 
 def test_a_broken_file_is_named(diptych, own):

@@ -8,12 +8,15 @@ HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 GOOD = "2023-11-16 18:17:03.9799600,10,5\n"
 
 REFUSED = {
-    "unknown_key": (["workload.rate=3"], ["workload.rate", "not in 'Poisson'"]),
-    "unknown_top_level_key": (["nod=3"], ["'nod' not in 'Study'"]),
+    "unknown_key": (
+        ["workload.rate=3"],
+        ["workload.rate is not a field of Poisson", "did you mean 'rate_per_s'", "it has"],
+    ),
+    "unknown_top_level_key": (["nod=3"], ["nod is not a field of Study", "did you mean 'node'"]),
     "wrong_type": (["engine.block_size=many"], ["engine.block_size", "'many'", "Integer"]),
     "unknown_policy": (
-        ["policy/batching=greedy"],
-        ["policy/batching/greedy", "chunked_prefill", "continuous", "static"],
+        ["policy/batching=contnuous"],
+        ["policy/batching=contnuous is not", "did you mean 'continuous'", "chunked_prefill"],
     ),
     "unknown_enum": (["model.dtype=bf15"], ["bf15", "bf16"]),
     "unknown_model": (["model=llama_9"], ["llama_9", "llama_3_8b"]),
@@ -34,6 +37,8 @@ REFUSED = {
     "smuggled_at_the_top": (["+seed=4"], ["seed is not a field", "seeds"]),
     "bad_seeds": (["seeds=[1,1]"], ["seeds=[1, 1]", "distinct", "try"]),
     "foreign_folder": (["out=."], ["out=.", "not empty", "name another"]),
+    "unknown_group": (["policy/batchin=static"], ["policy/batchin is not a group", "diptych list"]),
+    "unreadable_override": (["workload.rate_per_s=[1"], ["workload.rate_per_s=[1", "quote"]),
     "sweep_without_m": (["workload.rate_per_s=1,2"], ["workload.rate_per_s"]),
 }  # fmt: skip
 
