@@ -85,8 +85,8 @@ def _run_one(name: str, study: Study) -> None:
     folder = Path(study.out) if study.out else default_folder(name, scenario)
     require_result_folder(folder)
     result = simulate(scenario)
-    show(result)
     save(result, folder, study.save or Save.trace)
+    show(result)
     tables.console().print(f"saved in {folder}", soft_wrap=True)
 
 

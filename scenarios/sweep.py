@@ -55,11 +55,12 @@ def sweep(command: Command) -> int:
     if code != 0:
         raise ValueError(_how_it_ended(command.study, root, len(found)))
     failed = [row for row in found if row["error"]]
-    rows.show(found)
     if len(failed) == len(found):
+        rows.show(found)
         _discard(root)
         return 1
     rows.write_tables(found, root)
+    rows.show(found)
     tables.console().print(f"saved in {root}", soft_wrap=True)
     return 1 if failed else 0
 
@@ -116,6 +117,13 @@ def _settle(command: Command) -> tuple[DictConfig, Path]:
     parsed = OverridesParser.create().parse_overrides(command.overrides)
     common = [one.input_line for one in parsed if one.input_line and not one.is_sweep_override()]
     config = compose_config(command.study, common, command.config_dir, with_hydra=True)
+    groups = config.hydra.runtime.choices
+    swept = [one for one in parsed if one.is_sweep_override() and one.key_or_group in groups]
+    for one in swept:
+        for choice in one.sweep_string_iterator():
+            # Composed by itself, an unknown choice is refused here and not by each worker.
+            alone = f"{one.key_or_group}={choice}"
+            compose_config(command.study, [*common, alone], command.config_dir)
     params = OmegaConf.to_container(config.hydra.sweeper)
     ignored = ("hydra", "out=", "resume=")
     mine = sorted(one for one in command.overrides if not one.startswith(ignored))

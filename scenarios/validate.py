@@ -44,8 +44,9 @@ def main(argv: Sequence[str]) -> int:
     from scenarios.validation.ask import answer
 
     lines, runs = answer(plan)
+    _write(plan, lines, runs)  # first: what took minutes outlives a closed pipe
     _show(plan, lines)
-    _write(plan, lines, runs)
+    console().print(f"written to {plan.out}: {ANSWERS}" + (f", {PICTURE}" if runs else ""))
     return int(any(line.verdict is Verdict.missed for line in lines))
 
 
@@ -147,4 +148,3 @@ def _write(plan: "Plan", lines: Sequence[Line], runs: "dict[str, Runs]") -> None
 
             last = list(runs.values())[-1]
             two_panels(last.simulated[0], last.measured[0], building / PICTURE)
-    console().print(f"written to {plan.out}: {ANSWERS}" + (f", {PICTURE}" if runs else ""))

@@ -80,7 +80,10 @@ def test_resume_does_what_is_missing_or_changed_and_nothing_else(diptych):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (("policy/batching=static,greedy",), "policy/batching/greedy"),
+        (
+            ("policy/batching=static,greedy",),
+            "error: policy/batching=greedy is not known; there are: chunked",
+        ),
         (("workload.num_requests=3,few",), "few"),
         (("nod=1,2",), "nod"),
     ],
