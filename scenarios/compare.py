@@ -7,6 +7,7 @@ from typing import Any
 
 from scenarios import tables
 from scenarios.saved import Saved, load
+from sim.differences import difference
 from sim.result import Figure
 
 SKIPPED = ("num_requests", "counted_requests", "overloaded")
@@ -71,21 +72,30 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _figures(first: Saved, second: Saved) -> Any:
+    """Every figure of both, and how sure their difference is."""
     ones, others = first.figures, second.figures
-    seeds = min(first.num_seeds, second.num_seeds) > 1
-    columns = ["", "A", "B", "B - A", "B / A", *(["95 % intervals"] if seeds else [])]
+    paired = first.saw_the_requests_of(second)
+    each = (first.seed_figures, second.seed_figures)
+    sure = min(first.num_seeds, second.num_seeds) > 1
+    columns = ["", "A", "B", "B - A", "B / A", *(["differ"] if sure else [])]
     table = tables.grid("figures", *columns)
     for name in ones:
         if name in SKIPPED or name not in others:
             continue
-        one, other = ones[name], others[name]
-        if math.isnan(one.mean) and math.isnan(other.mean):
+        one, other = ones[name].mean, others[name].mean
+        if math.isnan(one) and math.isnan(other):
             continue
-        difference = other.mean - one.mean
-        ratio = other.mean / one.mean if one.mean else math.nan
-        values = [tables.quantity(name, value) for value in (one.mean, other.mean, difference)]
-        values.append(f"{ratio:.3f}" if math.isfinite(ratio) else "-")
-        table.add_row(_label(name), *values, *([_overlap(one, other)] if seeds else []))
+        change = difference(each[0][name], each[1][name], paired=paired)
+        ratio = other / one if one else math.nan
+        values = [tables.quantity(name, value) for value in (one, other)]
+        values += [tables.with_interval(name, change)]
+        values += [f"{ratio:.3f}" if math.isfinite(ratio) else "-"]
+        table.add_row(_label(name), *values, *([_differ(change)] if sure else []))
+    if sure:
+        table.caption = "± half of the 95 % interval over the seeds, " + (
+            "paired: both saw the same requests" if paired else "Welch's: they saw other requests"
+        )
+        table.caption_justify = "left"
     return table
 
 
@@ -95,12 +105,13 @@ def _label(name: str) -> str:
     return f"{tables.LATENCIES.get(first, first)} {rest.replace('_', ' ')}".strip()
 
 
-def _overlap(one: Figure, other: Figure) -> str:
-    if one.half is None or other.half is None or math.isnan(one.mean - other.mean):
+def _differ(change: Figure) -> str:
+    """Whether the interval of a difference leaves out zero."""
+    if change.half is None or math.isnan(change.mean):
         return "-"
-    if one.mean == other.mean:
+    if change.mean == 0 and change.half == 0:
         return "equal"
-    return "overlap" if abs(one.mean - other.mean) <= one.half + other.half else "apart"
+    return "yes" if abs(change.mean) > change.half else "not sure"
 
 
 def _why(ones: Mapping[str, Figure], others: Mapping[str, Figure]) -> str:

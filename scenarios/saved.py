@@ -46,6 +46,20 @@ class Saved:
             for name, mean in self.summary["figures"].items()
         }
 
+    @property
+    def seed_figures(self) -> dict[str, list[float]]:
+        """Every figure of each run, in order of the seeds; null in the file is not a number."""
+        return {
+            name: [float("nan") if value is None else value for value in values]
+            for name, values in self.summary["seed_figures"].items()
+        }
+
+    def saw_the_requests_of(self, other: "Saved") -> bool:
+        """Whether the runs of both results saw the same requests, seed by seed."""
+        keys = ("workload", "workload_kind", "seeds")
+        mine, theirs = self.configuration, other.configuration
+        return all(mine[key] == theirs[key] for key in keys)
+
     def trace(self) -> Trace:
         """The trace of its first seed.
 
@@ -75,7 +89,8 @@ def load(path: Path) -> Saved:
         summary: Any = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file}: not JSON ({error}); run the study again") from error
-    needed = {"scenario", "seeds", "figures", "intervals_95", "cost_shares", "overloaded_seeds"}
+    needed = {"scenario", "seeds", "figures", "intervals_95", "seed_figures", "cost_shares",
+              "overloaded_seeds"}  # fmt: skip
     if not isinstance(summary, dict) or not needed <= summary.keys():
         raise ValueError(f"{file} is not the summary of a run; run the study again")
     return Saved(folder, summary)

@@ -103,6 +103,7 @@ class Result:
                 "seeds": self.scenario.seeds,
                 "figures": {name: figure.mean for name, figure in found.items()},
                 "intervals_95": {n: _bounds(f) for n, f in found.items() if f.half is not None},
+                "seed_figures": {n: [row[n] for row in self.figures] for n in found},
                 "overloaded_seeds": int(sum(row["overloaded"] for row in self.figures)),
                 "cost_shares": dict(self.cost_shares),
                 "provenance": dict(self.provenance),

@@ -88,9 +88,19 @@ def test_compare_says_what_was_changed_and_what_it_changed(diptych, saved):
     assert code == 0
     assert "workload.rate_per_s" in out
     assert "chunked_prefill" in out
-    assert "95 % intervals" in out
+    assert "Welch's: they saw other requests" in out
     assert "the largest change is in" in out
     assert "the configuration is the same" in diptych("compare", "a", "a")[1]
+
+
+def test_compare_pairs_runs_that_saw_the_same_requests(diptych, saved):
+    diptych("run", "-cn", "replica", *FEW, "out=c", "policy/batching=static")
+    out = diptych("compare", "a", "c")[1]
+    assert "paired: both saw the same requests" in out
+    rows = [
+        line.split() for line in out.splitlines() if line.strip().startswith("kv bytes written")
+    ]
+    assert rows[0][-1] == "equal"
 
 
 def test_an_exchanged_gpu_is_one_change():
