@@ -48,6 +48,8 @@ class Replica:
         """The end of the decode stretch under way, if an arrival may cut it short."""
         self._boundaries: list[float] = []
         """The boundaries of that stretch, its start first."""
+        self._settled = 0
+        """Iterations of that stretch that `state` already counts."""
         self._joined: list[int] = []
         self._left: list[int] = []
         self.process = environment.process(self.serve())
@@ -68,6 +70,22 @@ class Replica:
                 self.recorder.repeat(count)
             self._timer = None
 
+    def look(self) -> ReplicaState:
+        """The state at the last boundary before now, for whoever looks in from outside.
+
+        In the middle of a decode stretch, `state` alone is still as the stretch began. A boundary
+        of this very instant is yet to come, as it is for an arrival.
+        """
+        if self._boundaries:
+            self._settle(bisect_left(self._boundaries, self.environment.now) - 1)
+        return self.state
+
+    def _settle(self, count: int) -> None:
+        """Let `state` count the first `count` iterations of the stretch."""
+        if count > self._settled:
+            self.state.decode(count - self._settled)
+            self._settled = count
+
     def serve(self) -> Generator[Event, Any, None]:
         """The main loop, from one decision to the next."""
         state, environment = self.state, self.environment
@@ -84,7 +102,8 @@ class Replica:
                 yield self._stretch()
                 self._timer = None
                 self.recorder.passed(self._boundaries)
-                state.decode(len(self._boundaries) - 1)
+                self._settle(len(self._boundaries) - 1)
+                self._boundaries, self._settled = [], 0
                 self._complete(())
             else:
                 yield self._sleep()

@@ -1,12 +1,31 @@
 """Taking many iterations in one event changes no bit of what happens."""
 
+from collections.abc import Generator
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
-from serving_cases import POLICIES, Case, Grid, assert_equal_traces, cases, recorded, run_case
+from hypothesis import strategies as st
+from serving_cases import (
+    CONTEXT,
+    POLICIES,
+    Case,
+    Grid,
+    assert_equal_traces,
+    cases,
+    recorded,
+    run_case,
+)
+from simpy.events import Event
 
 from sim.decision_rows import canonical, expand
 from sim.engine import ReplicaLimits
-from sim.trace import State
+from sim.policies.batching.base import Batching
+from sim.processes.exact_time import ExactEnvironment
+from sim.processes.pace import Costed
+from sim.processes.replica import Replica
+from sim.trace import State, Trace
+from sim.workload.source import Source
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -17,6 +36,48 @@ def test_macro_steps_equal_single_steps_bit_for_bit(name: str, case: Case) -> No
     slow = run_case(case, POLICIES[name], one_by_one=True)
     assert_equal_traces(canonical(fast), canonical(slow))
     assert expand(canonical(fast)) == expand(canonical(slow))
+
+
+def watch(
+    case: Case, policy: Batching, looks_s: list[float], *, one_by_one: bool
+) -> tuple[list[tuple[Any, ...]], Trace]:
+    """What somebody sees who looks at the replica at some instants, and the trace all the same."""
+    environment = ExactEnvironment()
+    replica = Replica(
+        environment, policy, case.limits, Costed(case.cost), one_by_one=one_by_one
+    )  # fmt: skip
+    seen: list[tuple[Any, ...]] = []
+
+    def look() -> Generator[Event, Any, None]:
+        for instant_s in looks_s:
+            yield environment.arrival(instant_s)
+            state = replica.look()
+            counts = (state.free_blocks, state.context_tokens, len(state.waiting))
+            seen.append((instant_s, *counts, tuple(state.running())))
+
+    def arrive() -> Generator[Event, Any, None]:
+        for request in Source(case.workload, 0, CONTEXT).initial():
+            yield environment.arrival(request.arrival_s)
+            replica.submit(request)
+
+    environment.process(look())
+    environment.process(arrive())
+    environment.run()
+    return seen, replica.recorder.trace()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@settings(max_examples=40)
+@given(case=cases(closed=False), ticks=st.lists(st.integers(0, 400), max_size=30))
+def test_whoever_looks_in_mid_run_sees_the_same_as_one_by_one_and_changes_nothing(
+    name: str, case: Case, ticks: list[int]
+) -> None:
+    # Quarters of a grid's step: some looks lie on boundaries and arrivals, the others between.
+    looks_s = [0.125 * tick for tick in sorted(ticks)]
+    fast, trace = watch(case, POLICIES[name], looks_s, one_by_one=False)
+    slow, _ = watch(case, POLICIES[name], looks_s, one_by_one=True)
+    assert fast == slow
+    assert_equal_traces(trace, run_case(case, POLICIES[name]))
 
 
 @pytest.mark.parametrize("name", ["continuous", "chunked_prefill"])
