@@ -2,8 +2,7 @@
 
 import warnings
 
-import numpy as np
-
+from sim.cost_shares import cost_shares
 from sim.costs.fitted import Fitted
 from sim.policies.instance_plan.base import InstancePlan
 from sim.processes.pace import Costed
@@ -47,7 +46,7 @@ def run(scenario: Scenario) -> Result:
         traces=traces,
         figures=tuple(summarise(scenario, setup, trace) for trace in traces),
         provenance=provenance(),
-        cost_shares=_cost_shares(setup, traces),
+        cost_shares=cost_shares(setup.cost, traces),
     )
 
 
@@ -77,20 +76,6 @@ def _warnings(scenario: Scenario, setup: Setup) -> list[str]:
 def _simulate(scenario: Scenario, setup: Setup, seed: int) -> Trace:
     source = Source(scenario.workload, seed, setup.max_model_tokens)
     return simulate(source, scenario.policy.batching, setup.limits, Costed(setup.cost))
-
-
-def _cost_shares(setup: Setup, traces: tuple[Trace, ...]) -> dict[str, float]:
-    """Share of the busy time by where its seconds come from."""
-    if not isinstance(setup.cost, Fitted):
-        return {"datasheet roofline": 1.0}
-    spent = beyond = 0.0
-    for trace in traces:
-        row = np.repeat(np.arange(len(trace.decisions["repeat"])), trace.decisions["repeat"])
-        seconds = trace.iterations["end_s"] - trace.iterations["start_s"]
-        outside = setup.cost.is_extrapolated(trace.decisions)[row]
-        spent += float(seconds.sum())
-        beyond += float(seconds[outside].sum())
-    return {"fitted to measurements": 1 - beyond / spent, "extrapolated": beyond / spent}
 
 
 def _require_one_group(plan: InstancePlan) -> None:

@@ -47,18 +47,24 @@ class Fitted:
             return [fixed + context * context_s for context in contexts]
         return (fixed + np.arange(decode_context, stop, num_decodes) * context_s).tolist()
 
-    def is_extrapolated(self, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
-        """Which shapes are larger than any that was measured.
+    def measured_iterations(self, decisions: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
+        """How many of a decision's iterations are no larger than what was measured; the first ones.
+
+        A chunk's context counts as measured up to the longest batch that was: plain prompts.
 
         Args:
-            columns: the fields of `IterationShape`, one entry a shape.
+            decisions: the fields of the first `IterationShape`, and `repeat`: iterations, of which
+                each reads one token more a decoding request than the one before.
         """
-        decodes = columns["num_decodes"]
-        return (
-            (columns["prefill_tokens"] + decodes > self.fit.body_tokens[-1])
-            | (columns["sampled_tokens"] > self.fit.head_tokens[-1])
-            | (columns["decode_context"] > decodes * self.fit.max_context_tokens)
+        fit, decodes = self.fit, decisions["num_decodes"]
+        inside = (
+            (decisions["prefill_tokens"] + decodes <= fit.body_tokens[-1])
+            & (decisions["sampled_tokens"] <= fit.head_tokens[-1])
+            & (decisions["prefill_context"] <= decisions["num_prefills"] * fit.body_tokens[-1])
         )
+        room = decodes * fit.max_context_tokens - decisions["decode_context"]
+        steps = np.where(decodes > 0, room // np.maximum(decodes, 1) + 1, decisions["repeat"])
+        return np.where(inside, np.clip(steps, 0, decisions["repeat"]), 0)
 
     def _products_s(self, tokens: int, sampled: int) -> float:
         key = (tokens, sampled)
