@@ -21,18 +21,28 @@ INVERSE_FREQUENCIES = "model.rotary_emb.inv_freq"
 """Name under which rotary frequencies float32 [head_dim / 2] travel with the weights."""
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What weights are stored in when each number stands for itself; narrower ones go with scales."""
+_DEQUANTISE = "give the model's unquantised checkpoint, or dequantise it and save_pretrained again"
 
 
 def read_config(folder: Path) -> dict[str, object]:
     """The values of `folder`/config.json.
 
     Raises:
-        ValueError: there is none, or it is not one JSON object.
+        ValueError: there is none, it is not one JSON object, or its weights are quantised.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; give a folder that save_pretrained wrote")
-    return _read_json(path)
+    config = _read_json(path)
+    quantised = config.get("quantization_config")
+    if quantised is not None:
+        raise ValueError(
+            f"{path}: quantization_config={json.dumps(quantised)} says that the weights need "
+            f"scales, which are not applied here; {_DEQUANTISE}"
+        )
+    return config
 
 
 def dense_architecture(config: Mapping[str, object], source: str) -> Architecture:
@@ -124,20 +134,17 @@ def read_weights(folder: Path, architecture: Architecture) -> dict[str, Tensor]:
     """The tensors that `architecture` needs, out of one safetensors file or of its shards.
 
     Raises:
-        ValueError: no safetensors there, a file that cannot be read, a tensor that is missing or
-            has another shape than the configuration says.
+        ValueError: no safetensors there, a file that cannot be read, a tensor that is missing, has
+            another shape than the configuration says, or is not floating point.
     """
+    expected = expected_shapes(architecture)
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(folder):
-        try:
-            tensors |= load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path}: cannot be read as safetensors ({error}); it may be cut short, "
-                "so fetch or convert it again"
-            ) from error
+        found = _load_file(path)
+        _require_floats(path, {name: found[name] for name in found if name in expected})
+        tensors |= found
     weights: dict[str, Tensor] = {}
-    for name, shape in expected_shapes(architecture).items():
+    for name, shape in expected.items():
         if name not in tensors:
             raise ValueError(f"{folder}: tensor {name} is missing; its config.json asks for it")
         if tuple(tensors[name].shape) != shape:
@@ -147,6 +154,27 @@ def read_weights(folder: Path, architecture: Architecture) -> dict[str, Tensor]:
             )
         weights[name] = tensors[name]
     return weights
+
+
+def _load_file(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path}: cannot be read as safetensors ({error}); it may be cut short, "
+            "so fetch or convert it again"
+        ) from error
+
+
+def _require_floats(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    # Before shapes are looked at: packed integers have another one, which would mislead.
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _FLOATS:
+            kinds = ", ".join(str(dtype) for dtype in _FLOATS)
+            raise ValueError(
+                f"{path}: {name} has dtype {tensor.dtype}, and weights must be one of {kinds}; "
+                f"{_DEQUANTISE}"
+            )
 
 
 def _weight_files(folder: Path) -> list[Path]:

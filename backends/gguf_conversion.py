@@ -23,7 +23,7 @@ Progress = Callable[[str], None]
 """Is told what goes on, in a few words, whenever that changes."""
 
 DEFAULT_CACHE = Path("~/.cache/diptych/models")
-_FORMAT = b"diptych-1"  # part of the hash, so that a change of this file converts again
+_FORMAT = b"diptych-2"  # part of the hash, so that a change of this file converts again
 _TENSORS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -50,7 +50,8 @@ def converted_folder(gguf: Path, cache: Path | None, progress: Progress) -> Path
         progress: told of each step of a conversion; not called when there is nothing to do.
 
     Raises:
-        ValueError: the file is not GGUF, or of an architecture or tokenizer other than llama's.
+        ValueError: the file is not GGUF, or of an architecture or tokenizer other than llama's, or
+            has experts, biases or scaled rotary positions.
     """
     root = (cache or DEFAULT_CACHE).expanduser()
     with gguf.open("rb") as file:
@@ -82,6 +83,8 @@ def _convert(gguf: Path, folder: Path, progress: Progress) -> None:
     except (ValueError, IndexError, OSError) as error:
         raise ValueError(f"{gguf}: cannot be read as GGUF ({error}); fetch it again") from error
     config = _config(reader, gguf)
+    _refuse_other_layers(reader, gguf)
+    _refuse_rope_scaling(reader, gguf)
     progress(f"dequantising {len(reader.tensors)} tensors")
     weights = _weights(reader, config)
     progress("writing the tokenizer and the weights")
@@ -93,6 +96,38 @@ def _convert(gguf: Path, folder: Path, progress: Progress) -> None:
 def _value(reader: GGUFReader, key: str) -> Any:
     field = reader.fields.get(key)
     return None if field is None else field.contents()
+
+
+def _refuse_other_layers(reader: GGUFReader, gguf: Path) -> None:
+    """Mixtral too calls itself `llama`; only its tensors tell."""
+    for tensor in reader.tensors:
+        block, *place = tensor.name.split(".")
+        dense = len(place) == 3 and place[1] in _TENSORS and place[2] == "weight"
+        if block == "blk" and not dense:
+            raise ValueError(
+                f"{gguf}: tensor {tensor.name} is in no dense llama layer, which has the weights "
+                f"{', '.join(_TENSORS)}; experts and biases are not converted here, so give a "
+                "GGUF of a dense model"
+            )
+
+
+def _refuse_rope_scaling(reader: GGUFReader, gguf: Path) -> None:
+    """Stretched rotary positions, of which the converted configuration would say nothing."""
+    found = {key: _value(reader, f"llama.rope.scaling.{key}") for key in ("type", "factor")}
+    found["scale_linear"] = _value(reader, "llama.rope.scale_linear")  # how old files say it
+    kind = found.pop("type")
+    stretched = [key for key, factor in found.items() if factor not in (None, 0.0, 1.0)]
+    if kind not in (None, "none", "linear") or stretched:
+        raise ValueError(
+            f"{gguf}: rope scaling of type {kind!r} by {found} must be absent, 'none' or by 1.0; "
+            "give a Hugging Face folder of the model"
+        )
+    for tensor in reader.tensors:  # factors of single frequencies, as llama 3.1 has them
+        if tensor.name.startswith("rope_") and (tensor.data != 1).any():
+            raise ValueError(
+                f"{gguf}: {tensor.name} scales rotary frequencies and must hold ones alone; "
+                "give a Hugging Face folder of the model"
+            )
 
 
 def _config(reader: GGUFReader, gguf: Path) -> dict[str, object]:
@@ -140,7 +175,7 @@ def _weights(reader: GGUFReader, config: dict[str, Any]) -> dict[str, Tensor]:
             weights[top[tensor.name]] = values
             continue
         if not tensor.name.startswith("blk."):
-            continue  # tables such as rope_freqs, which the configuration determines
+            continue  # tables of rotary positions, which are plain
         _, layer, part, kind = tensor.name.split(".")
         if part in heads:
             values = _halves(values, heads[part])

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from backends.arrivals import Arrivals, sleep_until
+from backends.batch_checks import check_prefill, check_room, require_running, waiting_view
 from backends.forward_batch import Chunk, ForwardBatch
 from backends.kv_cache import PagedKVCache
 from backends.observed import ObservedView, Sequence
@@ -74,7 +75,8 @@ class Replica:
         """Serve all requests of a source at their arrival times; t = 0 is the call.
 
         Raises:
-            ValueError: the policy schedules nothing although no request will come any more.
+            ValueError: the policy overbooks blocks or seats, moves requests that are elsewhere, or
+                schedules nothing although no request will come any more.
         """
         arrivals = Arrivals(source)
         start = time.perf_counter()
@@ -127,8 +129,11 @@ class Replica:
             batch.decode and view.num_decoding
         ):
             return False
-        self._seat(batch, now_s)
-        chunks, shape = self._chunks(batch)
+        try:
+            self._seat(batch, now_s)
+            chunks, shape = self._chunks(batch)
+        except ValueError as error:
+            raise ValueError(self._complaint(now_s, f"{batch}: {error}")) from error
         before = (view.free_blocks, waiting, context_tokens)
         self._log(now_s, before, shape, batch)
         tokens = self._compute(chunks)
@@ -154,12 +159,12 @@ class Replica:
     def _seat(self, batch: Batch, now_s: float) -> None:
         """Pre-empt, then admit."""
         for request_id in reversed(batch.preempt):
+            require_running(request_id, self._seated)
             sequence = self._seated.pop(request_id)
             self._end_stay(sequence, State.preempted, now_s)
             self.waiting.appendleft(sequence.request.view(sequence.generated))
         for request_id in batch.admit:
-            waiting = next(view for view in self.waiting if view.request_id == request_id)
-            self.waiting.remove(waiting)
+            self.waiting.remove(waiting_view(request_id, self.waiting))
             sequence = self._known[request_id]
             sequence.begin_stay()
             self._seated[request_id] = sequence
@@ -174,6 +179,7 @@ class Replica:
                     last = len(sequence.tokens) - 1
                     chunks.append(Chunk(request_id, sequence.tokens[last:], last))
         contexts = [chunk.start + 1 for chunk in chunks]
+        check_prefill(batch.prefill, self._seated)
         prefills: list[tuple[int, int]] = []
         for request_id, count in batch.prefill:
             sequence = self._seated[request_id]
@@ -181,6 +187,7 @@ class Replica:
             ids = sequence.tokens[start : start + count]
             chunks.append(Chunk(request_id, ids, start, count == sequence.prefill_left))
             prefills.append((count, start))
+        check_room(batch, chunks, len(self._seated), self.cache, self.limits)
         for chunk in chunks:
             self.cache.allocate(chunk.request_id, chunk.start + len(chunk.token_ids))
         sampled = sum(chunk.sample for chunk in chunks)
@@ -250,6 +257,13 @@ class Replica:
         left = [request_id for request_id in self._decoding if request_id not in set(decoding)]
         self._decoding = decoding
         self.recorder.decision(now_s, 1, before, shape, batch, joined, left)
+
+    def _complaint(self, now_s: float, problem: str) -> str:
+        return (
+            f"policy {type(self.batching).__name__} at {now_s} s: {problem} (free blocks "
+            f"{self.cache.free_blocks}, running {len(self._seated)}, {self.limits}); "
+            "mend the policy"
+        )
 
 
 def synchronise(device: torch.device) -> None:

@@ -11,13 +11,16 @@ from backends.replica import Prompts, Replica
 from backends.sampling import Sampler
 from backends.tokenizer import prompt_token_ids
 from backends.transformer import Transformer
-from backends.weights import Model, load_model, random_model
+from backends.weights import Model, find_model, load_model, random_model
 from sim.engine import ReplicaLimits
 from sim.policies.batching.base import Batching
 from sim.policies.batching.static import Static
 from sim.trace import Trace
 from sim.workload.recorded import Recorded
 from sim.workload.source import Source
+
+RANDOM = "random"
+"""Name of the tiny model of random weights."""
 
 
 class Served(NamedTuple):
@@ -36,6 +39,18 @@ def use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def require_model(source: str, device: str) -> None:
+    """Refuse weights or a device that are not there, before anything is computed.
+
+    Raises:
+        ValueError: no such model or device.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda needs a CUDA device and torch sees none; take device=cpu")
+    if source != RANDOM:
+        find_model(source)
+
+
 def open_model(
     source: str, device: str, progress: Progress | None = None
 ) -> tuple[Model, Transformer]:
@@ -44,9 +59,8 @@ def open_model(
     Raises:
         ValueError: no such model, an unreadable checkpoint, or no such device.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda needs a CUDA device and torch sees none; take device=cpu")
-    model = random_model() if source == "random" else load_model(source, progress=progress)
+    require_model(source, device)
+    model = random_model() if source == RANDOM else load_model(source, progress=progress)
     return model, Transformer(model.config, model.weights, device, torch.float32)
 
 

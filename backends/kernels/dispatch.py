@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,13 @@ def _load_triton() -> tuple[Any, Any]:
         import triton
         import triton.language
     except ModuleNotFoundError:  # no wheel for macOS and Windows: `jit` must still decorate
-        return SimpleNamespace(jit=lambda function: function), None
+        return SimpleNamespace(jit=_undecorated), None
     return triton, triton.language
+
+
+def _undecorated(function: Any = None, **options: object) -> Any:
+    """`triton.jit` where there is no Triton, with options or without."""
+    return partial(_undecorated, **options) if function is None else function
 
 
 triton, tl = _load_triton()

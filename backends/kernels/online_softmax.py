@@ -40,7 +40,8 @@ def absorb_tile(scores, value, running_max, running_sum, accumulated):
     return new_max, running_sum, accumulated * shrink[:, None] + weighted
 
 
-@triton.jit
+# num_splits changes from batch to batch; Triton would compile anew for 1 and for multiples of 16.
+@triton.jit(do_not_specialize=["num_splits"])
 def merge_splits_kernel(  # noqa: PLR0913, PLR0917
     partial_pointer,
     lse_pointer,

@@ -55,7 +55,8 @@ def paged_decode_attention_reference(
     return attended[:, :, 0, :].masked_fill((context_lengths == 0)[:, None, None], 0.0)
 
 
-@triton.jit
+# table_stride changes from batch to batch; Triton would compile anew for 1 and multiples of 16.
+@triton.jit(do_not_specialize=["table_stride"])
 def decode_split_kernel(  # noqa: PLR0913, PLR0917
     query_pointer,
     key_pointer,

@@ -82,7 +82,8 @@ def sequence_of_tile(tile, starts_pointer, num_sequences, QUERY_TILE: constexpr)
     return low
 
 
-@triton.jit
+# Both change from batch to batch; Triton would compile anew for 1 and for multiples of 16.
+@triton.jit(do_not_specialize=["table_stride", "num_sequences"])
 def prefill_kernel(  # noqa: PLR0913, PLR0917
     query_pointer,
     key_pointer,

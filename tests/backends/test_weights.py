@@ -53,12 +53,36 @@ def test_loading_imports_neither_transformers_nor_gguf(folder):
         ({"rope_parameters": {"rope_type": "llama3"}}, "needs the numbers factor"),
         ({"intermediate_size": 97}, "has shape"),
         ({"num_hidden_layers": 3}, r"model.layers.2.*is missing"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            r'config\.json: quantization_config=\{"quant_method": "fp8"\}.*dequantise',
+        ),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused(folder, change, message):
     change_config(folder, **change)
     with pytest.raises(ValueError, match=message):
         load_model(folder)
+
+
+def test_no_quantisation_may_be_said_as_null(folder):
+    change_config(folder, quantization_config=None)
+    load_model(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bool])
+def test_weights_that_need_scales_are_refused(folder, dtype):
+    path, name = folder / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(path)
+    save_file(tensors | {name: tensors[name].to(dtype)}, path)
+    with pytest.raises(ValueError, match=rf"model\.safetensors: {name} has dtype {dtype}.*deq"):
+        load_model(folder)
+
+
+def test_tensors_that_no_layer_needs_may_be_integers(folder):
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | {"position_ids": torch.arange(4)}, path)
+    assert "position_ids" not in load_model(folder).weights
 
 
 def test_pickled_weights_are_refused(folder):
@@ -127,8 +151,11 @@ def test_random_logits_are_neither_flat_nor_certain():
     assert 0.5 < float(logits.std()) < 2.0
 
 
-def tiny_gguf(path):
-    """A GGUF of two layers as converters write it; returns weights by their usual names."""
+def tiny_gguf(path, metadata=None, extra=None):
+    """A GGUF of two layers as converters write it; returns weights by their usual names.
+
+    `metadata` is written with the rest, by key; `extra` are further tensors.
+    """
     gguf = pytest.importorskip("gguf")
     rng, weights = np.random.default_rng(0), {}
     writer = gguf.GGUFWriter(path, "llama")
@@ -162,6 +189,11 @@ def tiny_gguf(path):
         if name.endswith(("attn_q", "attn_k")):  # halves of a head become neighbouring pairs
             stored = stored.reshape(-1, 2, 4, 32).swapaxes(1, 2).reshape(shape)
         writer.add_tensor(f"{name}.weight", stored)
+    for key, value in (metadata or {}).items():
+        write = writer.add_string if isinstance(value, str) else writer.add_float32
+        write(key, value)
+    for name, value in (extra or {}).items():
+        writer.add_tensor(name, np.asarray(value, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -177,7 +209,7 @@ def test_a_gguf_converts_once_and_keeps_its_weights(tmp_path):
     steps.clear()
     assert load_model(source, cache=tmp_path / "cache", progress=steps.append).name == model.name
     assert not steps
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [model.name]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [model.folder.name]
     assert (model.config.num_kv_heads, model.config.tie_embeddings) == (2, True)
     for ours, theirs in {
         "model.layers.1.self_attn.q_proj.weight": "blk.1.attn_q",
@@ -189,6 +221,40 @@ def test_a_gguf_converts_once_and_keeps_its_weights(tmp_path):
     tokenizer = Tokenizer(model.folder)
     assert tokenizer.encode("abcab<end>b") == [17, 16, 0, 2]
     assert tokenizer.decode([17, 0]) == "abc<end>"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["blk.1.ffn_gate_exps.weight", "blk.0.ffn_up.3.weight", "blk.0.ffn_gate_inp.weight",
+     "blk.1.attn_q.bias"],
+)  # fmt: skip
+def test_a_gguf_of_other_layers_is_refused(tmp_path, name):
+    tiny_gguf(tmp_path / "mixture.gguf", extra={name: np.ones((2, 32))})
+    with pytest.raises(ValueError, match=rf"mixture\.gguf: tensor {name} .*attn_norm, .*dense"):
+        load_model(tmp_path / "mixture.gguf", cache=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("metadata", "extra"),
+    [
+        ({"llama.rope.scaling.type": "yarn"}, {}),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, {}),
+        ({"llama.rope.scaling.factor": float("nan")}, {}),
+        ({"llama.rope.scale_linear": 2.0}, {}),
+        ({}, {"rope_freqs.weight": [1.0, 1.0, 8.0, 8.0]}),
+    ],
+)
+def test_scaled_rotary_positions_of_a_gguf_are_refused(tmp_path, metadata, extra):
+    tiny_gguf(tmp_path / "long.gguf", metadata, extra)
+    with pytest.raises(ValueError, match=r"long\.gguf: rope.*give a Hugging Face folder"):
+        load_model(tmp_path / "long.gguf", cache=tmp_path / "cache")
+
+
+def test_rotary_positions_that_are_scaled_by_one_are_plain(tmp_path):
+    metadata = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 1.0}
+    tiny_gguf(tmp_path / "plain.gguf", metadata, {"rope_freqs.weight": [1.0] * 4})
+    load_model(tmp_path / "plain.gguf", cache=tmp_path / "cache")
 
 
 def test_two_processes_may_convert_at_once(tmp_path):

@@ -70,23 +70,49 @@ def source_of(kernel, element, head_dim):
     return ASTSource(kernel, signature, used, divisible)
 
 
-KERNELS = (
-    rms_norm.rms_norm_kernel,
-    rotary_kv_write.rotary_kv_write_kernel,
-    paged_decode_attention.decode_split_kernel,
-    online_softmax.merge_splits_kernel,
-    paged_prefill_attention.prefill_kernel,
+LAUNCHES = (
+    (rms_norm.rms_norm_kernel, 4),
+    (rms_norm.rms_norm_kernel, 8),
+    (rotary_kv_write.rotary_kv_write_kernel, 2),
+    (paged_decode_attention.decode_split_kernel, 4),
+    (online_softmax.merge_splits_kernel, 2),
+    (paged_prefill_attention.prefill_kernel, 4),
 )
+"""Every kernel with the `num_warps` that its launcher gives it."""
+SIZES = (
+    ("bf16", 64), ("bf16", 128), ("fp16", 80), ("fp32", 48), ("fp32", 64), ("fp32", 128),
+)  # fmt: skip
+OF_THE_MODEL = {
+    "hidden", "num_heads", "num_kv_heads", "x_stride", "residual_stride", "query_stride",
+    "key_stride", "value_stride",
+}  # fmt: skip
+"""Integers that stay as they are for a whole run, so that Triton may compile for their value."""
+
+
+def name_of(value):
+    return getattr(value, "__name__", None)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("element", "head_dim"), [("bf16", 128), ("fp16", 80), ("fp32", 48)])
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
-def test_kernel_compiles(kernel, element, head_dim, capability, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("element", "head_dim"), SIZES)
+@pytest.mark.parametrize(("kernel", "num_warps"), LAUNCHES, ids=name_of)
+def test_kernel_compiles(kernel, num_warps, element, head_dim, capability, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     target = GPUTarget("cuda", capability, 32)
-    options = {"num_warps": 4, "num_stages": 2}
+    options = {"num_warps": num_warps, "num_stages": 2}
     compiled = triton.compile(source_of(kernel, element, head_dim), target=target, options=options)
     assert f".target sm_{capability}" in compiled.asm["ptx"]
     assert len(compiled.asm["cubin"]) > 0
+    assert compiled.metadata.num_warps == num_warps
     assert compiled.metadata.shared <= SHARED_BYTES[capability]
+
+
+@pytest.mark.parametrize("kernel", sorted({kernel for kernel, _ in LAUNCHES}, key=name_of))
+def test_what_changes_from_batch_to_batch_is_not_compiled_for(kernel):
+    types = source_of(kernel, "fp32", 64).signature
+    compiled_for = {
+        parameter.name
+        for parameter in kernel.params
+        if types[parameter.name] == "i32" and not parameter.do_not_specialize
+    }
+    assert compiled_for <= OF_THE_MODEL
