@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from hardware_models.checks import (
+    require_all_not_negative,
     require_increasing,
     require_not_negative,
     require_positive,
@@ -43,18 +44,22 @@ class FittedIteration:
 
     def __post_init__(self) -> None:
         for name in ("body", "head"):
-            tokens, seconds = getattr(self, f"{name}_tokens"), getattr(self, f"{name}_s")
+            tokens: list[float] = getattr(self, f"{name}_tokens")
+            seconds: list[float] = getattr(self, f"{name}_s")
             if len(tokens) != len(seconds) or len(tokens) < 2:
                 raise ValueError(
                     f"FittedIteration: {name}_s has {len(seconds)} values for {len(tokens)} "
                     f"{name}_tokens; give one value for each, and at least two"
                 )
             require_increasing(self, f"{name}_tokens", tokens)
+            require_all_not_negative(self, f"{name}_tokens", enumerate(tokens))
+            require_all_not_negative(self, f"{name}_s", enumerate(seconds))
         if sorted(self.coefficients) != sorted(COEFFICIENTS):
             raise ValueError(
                 f"FittedIteration: coefficients={sorted(self.coefficients)} must be "
                 f"{sorted(COEFFICIENTS)}; run the calibration again"
             )
+        require_all_not_negative(self, "coefficients", self.coefficients.items())
         require_not_negative(
             self,
             "heldout_median_error",

@@ -30,6 +30,18 @@ def require_not_negative(record: object, *names: str) -> None:
             )
 
 
+def require_all_not_negative(
+    record: object, name: str, values: Iterable[tuple[int | str, float]]
+) -> None:
+    """Refuse a list or mapping, given as items, with a number below zero or not finite."""
+    for place, value in values:
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(
+                f"{_title(record)}: {name}[{place}]={value} must be zero or more and finite; "
+                "correct it, or run the calibration again"
+            )
+
+
 def require_text(record: object, *names: str) -> None:
     """Refuse an empty string, above all an empty source."""
     for name in names:

@@ -1,6 +1,7 @@
 """The serving engine that a replica models: its limits, its memory rule and its overhead."""
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import NamedTuple
 
 
@@ -51,9 +52,10 @@ class Engine:
             raise ValueError(
                 f"engine.memory_utilization={self.memory_utilization} must be in (0, 1]; try 0.9"
             )
-        if self.iteration_overhead_s < 0:
+        if not (isfinite(self.iteration_overhead_s) and self.iteration_overhead_s >= 0):
             raise ValueError(
-                f"engine.iteration_overhead_s={self.iteration_overhead_s} must not be negative"
+                f"engine.iteration_overhead_s={self.iteration_overhead_s} must not be negative "
+                "and must be finite; give seconds, such as 1e-4"
             )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(

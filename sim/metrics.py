@@ -6,6 +6,7 @@ between two tokens of a request. Goodput = requests a second that met their SLO.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import NamedTuple
 
 import numpy as np
@@ -31,9 +32,9 @@ class Slo:
     def __post_init__(self) -> None:
         for name in ("ttft_s", "tpot_s", "e2e_s"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not (isfinite(value) and value > 0):
                 raise ValueError(
-                    f"slo.{name}={value} must be above 0 seconds, or null for no demand"
+                    f"slo.{name}={value} must be above 0 seconds and finite, or null for no demand"
                 )
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from math import isfinite
 
 from hardware_models.schema import Gpu, Node
 from sim.engine import Engine
@@ -98,11 +99,17 @@ class Scenario:
     def __post_init__(self) -> None:
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={self.seeds} must be distinct and not negative; try [0, 1, 2]")
-        if min(self.warm_up, self.drain) < 0 or self.warm_up + self.drain >= 1:
+        if not (self.warm_up >= 0 and self.drain >= 0 and self.warm_up + self.drain < 1):
             raise ValueError(
                 f"warm_up={self.warm_up} and drain={self.drain} must not be negative and leave "
                 "something between them; try 0.1 each"
             )
+        for line, error in self.accept.items():
+            if not (isfinite(error) and error > 0):
+                raise ValueError(
+                    f"accept.{line}={error} must be above 0 and finite; it is a relative error, "
+                    "such as 0.1"
+                )
         if self.node is not None and self.gpu is not None:
             raise ValueError(
                 f"node={self.node.name} and gpu={self.gpu.name} are both given; give exactly one "

@@ -92,6 +92,9 @@ def json_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[int, list[Any
         except ValueError as error:
             problem = f"{line[-40:]!r} does not end a JSON object ({error})"
             raise broken(path, number, problem, "complete or remove the line") from error
+        except RecursionError as error:
+            problem = f"{line[:40]!r} is nested too deeply and must be a flat JSON object"
+            raise broken(path, number, problem, "correct or remove the line") from error
         if not isinstance(record, dict):
             problem = f"{line[:40]!r} must be a JSON object"
             raise broken(path, number, problem, "complete or remove the line")
@@ -129,7 +132,8 @@ def _names_in(
     """What this file calls each of our columns."""
     names: list[str] = []
     for column in columns:
-        found = [alias for alias in COLUMN_ALIASES[column] if alias in present]
+        # A header may also say one name twice; a mapping has kept the last, as JSON does.
+        found = [name for name in present if name in COLUMN_ALIASES[column]]
         if len(found) != 1:
             state = f"has {column} {len(found)} times, as {found}" if found else f"lacks {column}"
             problem = f"{list(present)} {state} and must have it once"

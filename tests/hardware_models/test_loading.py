@@ -161,6 +161,16 @@ def test_missing_file_is_refused_with_its_path(tmp_path):
         ({"head_tokens": [8.0, 1.0]}, "must increase strictly"),
         ({"coefficients": {"decode_s": 1.0}}, "run the calibration again"),
         ({"heldout_p90_error": -0.1}, "must be zero or more"),
+        ({"heldout_median_error": float("nan")}, "heldout_median_error=nan must be zero or more"),
+        ({"body_s": [0.1, float("nan")]}, r"body_s\[1\]=nan must be zero or more and finite"),
+        ({"head_s": [0.1, float("inf")]}, r"head_s\[1\]=inf must be zero or more and finite"),
+        ({"head_s": [-1e-9, 0.1]}, r"head_s\[0\]=-1e-09 must be zero or more"),
+        ({"body_tokens": [1.0, float("inf")]}, r"body_tokens\[1\]=inf must be zero or more"),
+        ({"body_tokens": [float("nan"), 8.0]}, "must increase strictly"),
+        (
+            {"coefficients": dict.fromkeys(COEFFICIENTS, float("nan"))},
+            r"coefficients\[prefill_pair_s\]=nan must be zero or more and finite",
+        ),
     ],
 )
 def test_fit_that_contradicts_itself_is_refused(change, message):

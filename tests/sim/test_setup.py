@@ -22,6 +22,8 @@ from sim.setup import prepare
 from sim.units import human_bytes
 from sim.workload.poisson import Poisson
 
+NAN, INF = float("nan"), float("inf")
+
 
 def scenario(**fields: object) -> Scenario:
     """A tiny model on a large GPU, changed as asked."""
@@ -71,12 +73,35 @@ def test_more_blocks_than_fit_are_refused() -> None:
         ({"max_model_len": -1}, r"engine\.max_model_len=-1 must be at least 1, or null"),
         ({"memory_utilization": 1.5}, r"memory_utilization=1\.5 must be in \(0, 1\]"),
         ({"iteration_overhead_s": -1e-6}, r"iteration_overhead_s=-1e-06 must not be negative"),
+        ({"iteration_overhead_s": NAN}, r"iteration_overhead_s=nan must .* finite; give seconds"),
+        ({"iteration_overhead_s": INF}, r"iteration_overhead_s=inf must .* finite"),
+        ({"memory_utilization": NAN}, r"memory_utilization=nan must be in \(0, 1\]"),
         ({"max_num_batched_tokens": 8}, r"max_num_batched_tokens=8 .*max_num_seqs=256.*raise"),
     ],
 )
 def test_limits_out_of_range_are_refused(fields: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Engine(**fields)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -1.0])
+@pytest.mark.parametrize("demand", ["ttft_s", "tpot_s", "e2e_s"])
+def test_a_demand_is_a_number_of_seconds(demand: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"slo\.{demand}={value} must be above 0 .* finite"):
+        Slo(**{demand: value})
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -0.1, 1.0])
+@pytest.mark.parametrize("share", ["warm_up", "drain"])
+def test_a_share_of_the_span_leaves_something(share: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{share}={value}.* leave something between them"):
+        scenario(**{share: value})
+
+
+@pytest.mark.parametrize("value", [NAN, INF, 0.0, -0.1])
+def test_an_accepted_error_is_a_number_above_zero(value: float) -> None:
+    with pytest.raises(ValueError, match=rf"accept\.ttft_p50_s={value} must be above 0 and finite"):
+        scenario(accept={"tpot_p50_s": 0.1, "ttft_p50_s": value})
 
 
 def test_a_context_beyond_the_model_is_refused_and_a_smaller_one_holds() -> None:
@@ -172,5 +197,5 @@ def test_a_result_is_written_whole_and_never_over_something_else(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("draft")
-    with pytest.raises(ValueError, match=r"mine is not empty and holds no result"):
+    with pytest.raises(ValueError, match=r"holds thesis.txt, which is no part of a result"):
         result.save(tmp_path / "mine")
