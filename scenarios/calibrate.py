@@ -13,24 +13,30 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hardware_models.calibration import Calibration, FittedIteration
 from hardware_models.carriers import HostMemory
+from hardware_models.names import alternatives
 from hardware_models.parts import dump_node, load_node, read_node
 from hardware_models.processors import ComputeMeasured, Cpu
 from hardware_models.schema import Node
 from scenarios.tables import console, grid
 from sim.costs.calibration_plan import BatchPlan, heldout_batches, training_batches
 from sim.costs.fitting import Measured, fit_iteration
+from sim.files import whole_file
 from sim.provenance import commit, processor
 
-NODE_FILE = Path("~/.config/diptych/node/this_machine.yaml")
-MODEL_NAMES = {"smollm2": "smollm2_135m", "random": "tiny_llama"}
-"""Weights that stand for a shipped architecture."""
+NODE_FOLDER = Path("~/.config/diptych/node")
+NODE_NAMES = {"cpu": "this_machine", "cuda": "this_machine_cuda"}
+"""A node for each device: what was measured on one says nothing of the other."""
+MODEL_NAMES = {"smollm2": "smollm2_135m", "random-llama-0": "tiny_llama"}
+"""Models whose architecture is shipped under another name than their weights have."""
 
 CUDA_NAMES = {
-    "A100": "a100_80g", "A800": "a800_80g", "H100": "h100_sxm", "H800": "h800_sxm",
-    "H200": "h200", "H20": "h20", "A10G": "a10g", "L40S": "l40s", "L20": "l20", "A40": "a40",
-    "RTX 4090": "rtx_4090", "RTX PRO 6000": "rtx_pro_6000",
+    "A100-SXM4-80GB": "a100_80g", "A800-SXM4-80GB": "a800_80g", "H100 80GB HBM3": "h100_sxm",
+    "H800": "h800_sxm", "H200": "h200", "H20": "h20", "A10G": "a10g", "L40S": "l40s",
+    "L20": "l20", "A40": "a40", "GeForce RTX 4090": "rtx_4090",
+    "RTX PRO 6000 Blackwell Workstation Edition": "rtx_pro_6000",
 }  # fmt: skip
-"""Parts by a piece of the name that CUDA gives the device; the first piece that fits wins."""
+"""Parts by the name that CUDA gives the device, without its maker. Whole names only: an RTX A4000
+is no A40, and an H100 PCIe is no H100 SXM."""
 
 
 class Device(Enum):
@@ -49,9 +55,10 @@ class Options:
     device: Device = Device.cpu
     """CPU (one thread) or CUDA."""
     repeats: int = 3
-    """Timings of each shape, after one that warms up; their median counts."""
+    """Timings of each shape, after one that warms up; their mean without stalls counts."""
     out: str | None = None
-    """Node file to write; null: ~/.config/diptych/node/this_machine.yaml."""
+    """Node file to write; null: ~/.config/diptych/node/this_machine.yaml, on a GPU
+    this_machine_cuda.yaml."""
 
     def __post_init__(self) -> None:
         if self.repeats < 1:
@@ -65,15 +72,38 @@ def main(argv: Sequence[str]) -> int:
         console().print(f"diptych calibrate [key=value ...], with these keys:\n\n{text}")
         return 0
     options = _options(argv)
-    path = node_path(options.out)
+    path = node_path(options.out, options.device.value)
+    require_node_file(path)
     node = calibrate(options.weights, options.device.value, options.repeats, path)
     show(node, path)
     return 0
 
 
-def node_path(out: str | None) -> Path:
-    """Where the node is written."""
-    return Path(out or NODE_FILE).expanduser()
+def node_path(out: str | None, device: str) -> Path:
+    """Where the node of a device is written."""
+    return Path(out or NODE_FOLDER / f"{NODE_NAMES[device]}.yaml").expanduser()
+
+
+def require_node_file(path: Path) -> None:
+    """Refuse a file that cannot be written in the end, before anything is measured.
+
+    Raises:
+        ValueError: it is there and no node, or cannot be written.
+    """
+    if path.is_dir():
+        raise ValueError(f"out={path} is a folder and must be a file; name one that ends in .yaml")
+    if path.exists():
+        read_node(path)
+    try:
+        with whole_file(path) as trial:
+            trial.write_bytes(path.read_bytes() if path.exists() else b"")
+            raise _OnlyATrial
+    except _OnlyATrial:
+        return
+    except OSError as error:
+        raise ValueError(
+            f"out={path} cannot be written ({error.strerror}); name another file"
+        ) from error
 
 
 def calibrate(weights: str, device: str, repeats: int, path: Path) -> Node:
@@ -99,7 +129,7 @@ def calibrate(weights: str, device: str, repeats: int, path: Path) -> Node:
         passes = Passes(transformer, planned_batches(), lambda: progress.advance(task))
         for _ in range(repeats):
             passes.time()
-    return write(fit_of(passes.measured()), weights, model.name, device, path)
+    return write(fit_of(passes.measured()), model.name, device, path)
 
 
 def planned_batches() -> list[BatchPlan]:
@@ -113,13 +143,13 @@ def fit_of(measured: Sequence[Measured]) -> FittedIteration:
     return fit_iteration(measured[:count], measured[count:], "fp32")
 
 
-def write(fit: FittedIteration, weights: str, model: str, device: str, path: Path) -> Node:
+def write(fit: FittedIteration, model: str, device: str, path: Path) -> Node:
     """Add a fit to the node file of this machine, which is made if it is not there."""
     from backends.calibration import fingerprint, num_threads, torch_version
 
     identity = fingerprint(device)
     fits = _kept_fits(path, identity, torch_version())
-    fits[MODEL_NAMES.get(weights, model)] = fit
+    fits[fit_name(model)] = fit
     calibration = Calibration(
         fingerprint=identity,
         torch_version=torch_version(),
@@ -131,7 +161,12 @@ def write(fit: FittedIteration, weights: str, model: str, device: str, path: Pat
     return node
 
 
-def stored(path: Path, weights: str, device: str) -> FittedIteration | None:
+def fit_name(model: str) -> str:
+    """What a fit of these weights is filed under: the name that `model=` has for them."""
+    return MODEL_NAMES.get(model, model)
+
+
+def stored(path: Path, model: str, device: str) -> FittedIteration | None:
     """The fit of a node file, if it is of this machine, this torch and this model."""
     from backends.calibration import fingerprint, torch_version
 
@@ -142,7 +177,7 @@ def stored(path: Path, weights: str, device: str) -> FittedIteration | None:
         return None
     if calibration.torch_version != torch_version():
         return None
-    return calibration.models.get(MODEL_NAMES.get(weights, weights))
+    return calibration.models.get(fit_name(model))
 
 
 def describe_machine(device: str, calibration: Calibration) -> Node:
@@ -152,8 +187,8 @@ def describe_machine(device: str, calibration: Calibration) -> Node:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     source = f"diptych calibrate on {processor()}, commit {commit()}, {today}"
     if device == "cuda":
-        node = load_node(f"{_gpu_part(gpu_name())}_x1")
-        return replace(node, name="this_machine", calibration=calibration, source=source)
+        node = load_node(f"{gpu_part(gpu_name())}_x1")
+        return replace(node, name=NODE_NAMES[device], calibration=calibration, source=source)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Node(
         name="this_machine",
@@ -175,15 +210,23 @@ def describe_machine(device: str, calibration: Calibration) -> Node:
     )
 
 
-def _gpu_part(cuda_name: str) -> str:
-    """The shipped part that CUDA's device name means."""
-    for text, part in CUDA_NAMES.items():
-        if text in cuda_name:
-            return part
-    raise ValueError(
-        f"GPU {cuda_name!r} is none of those known by CUDA name: {', '.join(CUDA_NAMES)}; describe "
-        "it in a node YAML of your own"
-    )
+def gpu_part(cuda_name: str) -> str:
+    """The shipped part that CUDA's device name means.
+
+    Raises:
+        ValueError: none has this very name.
+    """
+    name = cuda_name.removeprefix("NVIDIA ")
+    if name not in CUDA_NAMES:
+        raise ValueError(
+            f"GPU {cuda_name!r} is not known; {alternatives(name, CUDA_NAMES)}; describe it in a "
+            "node YAML of your own"
+        )
+    return CUDA_NAMES[name]
+
+
+class _OnlyATrial(Exception):
+    """Leaves a file as it was."""
 
 
 def show(node: Node, path: Path) -> None:
@@ -199,7 +242,7 @@ def show(node: Node, path: Path) -> None:
             f"{fit.heldout_median_error:.1%}", f"{fit.heldout_p90_error:.1%}",
         )  # fmt: skip
     console().print(table)
-    console().print(f"written to {path}: use it as node=this_machine cost=fitted")
+    console().print(f"written to {path}: use it as node={path.stem} cost=fitted")
 
 
 def _kept_fits(path: Path, fingerprint: str, torch_version: str) -> dict[str, FittedIteration]:

@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scenarios.compose import compose_config, parse, studies, typed
+from scenarios.compose import compose_config, parse, refuse_flags, studies, typed
 from scenarios.tables import console, grid
 from scenarios.validation.options import Options, split, with_short_chunks
 from scenarios.validation.verdict import Line, Verdict
-from sim.files import whole_folder, write_json
+from sim.files import claim_folder, whole_folder, write_json
 from sim.policies.batching.base import Batching
 from sim.provenance import provenance
 from sim.result import plain
@@ -33,6 +33,7 @@ COLOURS = {
 def main(argv: Sequence[str]) -> int:
     """Validate a study; print the table; write validation.json and timeline.png."""
     command = parse(argv)
+    refuse_flags(command, "validate")
     if command.study is None:
         table = grid("Studies: diptych validate -cn STUDY", "study", "question", left=2)
         for name, question in studies(command.config_dir).items():
@@ -80,8 +81,7 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
                 stacklevel=2,
             )
     out = Path(options.out or Path("runs") / study / "validation")
-    if out.exists() and (out.is_file() or (any(out.iterdir()) and not (out / ANSWERS).exists())):
-        raise ValueError(f"out={out} is there and holds no validation; name another folder")
+    claim_folder(out, (ANSWERS, PICTURE), "validation")
     return Plan(study, options, policies, accept, out)
 
 
@@ -141,7 +141,8 @@ def _write(plan: "Plan", lines: Sequence[Line], runs: "dict[str, Runs]") -> None
         "lines": [asdict(line) for line in lines],
         "provenance": provenance(),
     }
-    with whole_folder(plan.out) as building:
+    place = claim_folder(plan.out, (ANSWERS, PICTURE), "validation")
+    with whole_folder(place) as building:
         write_json(building / ANSWERS, plain(content))
         if runs:
             from scenarios.plots import two_panels

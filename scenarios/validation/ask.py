@@ -1,5 +1,6 @@
 """Asks the four questions in their order, each on both panels."""
 
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from backends.calibration import Passes
 from backends.kv_cache import Corruption
 from backends.reference import Reference
-from backends.serving import open_model, serve, use_one_thread
+from backends.serving import open_model, require_model, serve, use_one_thread
 from backends.transformer import Transformer
 from scenarios import calibrate
 from scenarios.tables import console
@@ -40,6 +41,8 @@ def answer(plan: Plan) -> tuple[list[Line], dict[str, Runs]]:
     """Every line of the table, and the timed runs by policy (none if time was not asked about)."""
     use_one_thread()
     asked = set(plan.options.only)
+    if asked & {Question.numbers, Question.time}:
+        require_model(plan.options.weights, plan.options.device.value)
     lines: list[Line] = []
     runs: dict[str, Runs] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -137,18 +140,18 @@ class _Costs:
 
     def __init__(self, plan: Plan, transformer: Transformer, model: str) -> None:
         options = plan.options
-        self._weights, self._device, self._model = options.weights, options.device.value, model
-        self._path = calibrate.node_path(options.calibration)
+        self._device, self._model = options.device.value, model
+        self._path = calibrate.node_path(options.calibration, self._device)
         self._passes = self._fit = None
         if options.calibration is None:
             self._passes = Passes(transformer, calibrate.planned_batches(), lambda: None)
             self._passes.time()
             return
-        self._fit = calibrate.stored(self._path, self._weights, self._device)
+        self._fit = calibrate.stored(self._path, model, self._device)
         if self._fit is None:
             raise ValueError(
-                f"calibration={options.calibration} holds none of {self._weights} on this machine; "
-                f"run `diptych calibrate weights={self._weights} out={options.calibration}`, or "
+                f"calibration={options.calibration} holds none of {model} on this machine; run "
+                f"`diptych calibrate weights={options.weights} out={options.calibration}`, or "
                 "leave it out"
             )
 
@@ -172,11 +175,18 @@ class _Costs:
         return 0.0 if self._passes is None else self._passes.spread()
 
     def keep(self) -> None:
-        """Write the fit of all passes as this machine's, where there is none that holds."""
-        stored = calibrate.stored(self._path, self._weights, self._device)
-        if self._passes is not None and stored is None:
-            fit = calibrate.fit_of(self._passes.measured())
-            calibrate.write(fit, self._weights, self._model, self._device, self._path)
+        """Write the fit of all passes as this machine's, where there is none that holds.
+
+        The answers do not need the file: what keeps it from being written is a warning.
+        """
+        if self._passes is None:
+            return
+        try:
+            if calibrate.stored(self._path, self._model, self._device) is None:
+                fit = calibrate.fit_of(self._passes.measured())
+                calibrate.write(fit, self._model, self._device, self._path)
+        except (ValueError, OSError) as error:
+            warnings.warn(f"the calibration was not kept: {error}", stacklevel=2)
 
 
 def _not_run(question: Question, why: str) -> Line:

@@ -76,10 +76,10 @@ def exact_lines(
     except ValueError as error:
         return [
             Line(
-                question="decisions", metric=f"{name}: decisions that differ", simulated="",
-                measured="stopped", error=None, accepted=0, verdict=Verdict.missed,
-                note=f"a panel stopped: {error}",
+                question=question, metric=f"{name}: {what}", simulated="", measured="stopped",
+                error=None, accepted=0, verdict=Verdict.missed, note=f"a panel stopped: {error}",
             )
+            for question, what in (("decisions", "decisions that differ"), ("bytes", "KV bytes"))
         ]  # fmt: skip
     return [decision_line(name, panels), *byte_lines(name, panels, model)]
 

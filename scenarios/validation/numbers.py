@@ -1,6 +1,5 @@
 """Question 3: are the real panel's tokens those of transformers, and how far apart are logits?"""
 
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ from backends.reference import KeepLogits, Reference
 from backends.serving import serve
 from backends.tokenizer import Tokenizer
 from backends.transformer import Transformer
+from scenarios.validation.openings import TEXTS
 from scenarios.validation.verdict import Line, Verdict, judge_exact
 from sim.engine import ReplicaLimits
 from sim.policies.batching.base import Batching
@@ -20,18 +20,6 @@ LOGITS_ACCEPTED = 1e-3
 """Largest difference of a logit, float32 on both sides; logits are of the order of ten."""
 NEAR_TIES_PER_TOKENS = 1000
 """At most one near tie in so many tokens, rounded up: one may always happen."""
-
-OPENINGS = (
-    "Question: what is {}? Answer:",
-    "Once upon a time there was {}, and one day",
-    "Here is a short and simple explanation of {} for a child of ten years:",
-    "A list of three facts about {}. 1.",
-)
-TOPICS = (
-    "the moon", "a steam engine", "photosynthesis", "an honest merchant in a small town", "gravity",
-    "a library", "the Roman Empire", "a compiler", "rain", "a violin", "the number zero",
-    "a glacier", "inflation", "a lighthouse on a lonely island", "bread", "the printing press",
-)  # fmt: skip
 
 
 class Comparison(NamedTuple):
@@ -46,18 +34,6 @@ class Comparison(NamedTuple):
     """Largest difference of any logit on the same tokens."""
 
 
-def prompts(tokenizer: Tokenizer, count: int) -> list[list[int]]:
-    """Token ids of `count` different openings of a text.
-
-    Raises:
-        ValueError: more are asked for than there are.
-    """
-    texts = [opening.format(topic) for topic, opening in product(TOPICS, OPENINGS)]
-    if count > len(texts):
-        raise ValueError(f"prompts={count} must be at most {len(texts)}; ask for fewer")
-    return [tokenizer.encode(text) for text in texts[:count]]
-
-
 def compare(
     model: Transformer, folder: Path, reference: Reference, batching: Batching,
     num_prompts: int, new_tokens: int,
@@ -67,7 +43,8 @@ def compare(
     Where a token differs, the reference goes on from the replica's token (teacher forcing), so that
     every later token is compared too.
     """
-    asked = prompts(Tokenizer(folder), num_prompts)
+    tokenizer = Tokenizer(folder)
+    asked = [tokenizer.encode(text) for text in TEXTS[:num_prompts]]
     kept = KeepLogits()
     longest = max(map(len, asked)) + new_tokens
     # Room for a part of the requests only: batches change, and some requests are pre-empted.

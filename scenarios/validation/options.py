@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from scenarios.validation.openings import TEXTS
 from sim.policies.batching.base import Batching
 from sim.policies.batching.chunked_prefill import ChunkedPrefill
 
@@ -108,6 +109,11 @@ class Options:
             raise ValueError(f"load={self.load} must be in (0, 1), a share of capacity; try 0.6")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must not be negative; use 0 or more")
+        if not self.only:
+            names = ",".join(question.value for question in Question)
+            raise ValueError(f"only=[] asks nothing; name some of [{names}]")
+        if self.prompts is not None and self.prompts > len(TEXTS):
+            raise ValueError(f"prompts={self.prompts} must be at most {len(TEXTS)}; ask for fewer")
         for name in SIZE_NAMES:
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -1,10 +1,13 @@
 """Calibration measures the replica's own loop, and no shape that validation asks about."""
 
+from dataclasses import replace
+
 import pytest
 
 from backends.calibration import Passes, time_batch
 from backends.serving import open_model, use_one_thread
-from hardware_models.parts import read_node
+from hardware_models.parts import load_gpu, read_node
+from scenarios import calibrate
 from scenarios.cli import main
 from scenarios.validation import timing
 from scenarios.validation.options import with_short_chunks
@@ -12,6 +15,7 @@ from sim.costs.calibration_plan import BatchPlan, heldout_batches, training_batc
 from sim.costs.fitted import Fitted
 from sim.costs.fitting import Measured, fit_iteration, relative_errors
 from sim.decision_rows import expand
+from sim.models.architecture import load_architecture
 from sim.models.work import IterationShape
 from sim.policies.registry import policies
 from sim.workload.source import Source
@@ -98,6 +102,45 @@ def test_calibrate_writes_a_node_that_a_study_can_use(tmp_path, monkeypatch, cap
     sizes = ["workload=poisson", "workload.num_requests=20", "workload.rate_per_s=20",
              "workload.input_tokens=30", "workload.output_tokens=10", "seeds=[0]"]  # fmt: skip
     assert main(["run", "-cn", "replica", *chosen, *sizes, f"out={tmp_path / 'result'}"]) == 0
+
+
+def test_a_model_of_ones_own_is_found_again_by_the_name_it_was_stored_under(tmp_path, monkeypatch):
+    fit = synthetic_fit()[0]
+    path = tmp_path / "node.yaml"
+    calibrate.write(fit, "my_model", "cpu", path)
+    assert calibrate.stored(path, "my_model", "cpu") == fit
+    assert calibrate.stored(path, "other", "cpu") is None
+    calibrate.write(fit, "random-llama-0", "cpu", path)
+    assert set(read_node(path).calibration.models) == {"my_model", "tiny_llama"}
+
+
+def test_the_random_weights_are_those_of_the_shipped_tiny_llama():
+    model = open_model("random", "cpu")[0]
+    assert calibrate.fit_name(model.name) == "tiny_llama"
+    assert replace(model.config, name="tiny_llama") == load_architecture("tiny_llama")
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("NVIDIA A40", "a40"), ("NVIDIA H100 80GB HBM3", "h100_sxm"), ("NVIDIA L40S", "l40s")],
+)
+def test_a_gpu_is_known_by_its_whole_name(name, part):
+    assert calibrate.gpu_part(name) == part
+    load_gpu(part)
+
+
+@pytest.mark.parametrize("name", ["NVIDIA RTX A4000", "NVIDIA H100 PCIe", "NVIDIA GH200 480GB"])
+def test_a_gpu_that_only_sounds_alike_is_refused(name):
+    with pytest.raises(ValueError, match="is not known"):
+        calibrate.gpu_part(name)
+
+
+def test_calibrate_refuses_a_file_that_it_could_not_write_before_measuring(tmp_path, capsys):
+    (tmp_path / "broken.yaml").write_text("name: [")
+    for out in (tmp_path, tmp_path / "broken.yaml", "/proc/nowhere/node.yaml"):
+        assert main(["calibrate", "weights=random", "repeats=1", f"out={out}"]) == 2
+    assert "timing" not in capsys.readouterr().err
+    assert (tmp_path / "broken.yaml").read_text() == "name: ["
 
 
 def test_calibrate_refuses_an_unknown_key_and_a_bad_value(capsys):

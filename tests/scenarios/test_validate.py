@@ -37,6 +37,26 @@ def test_a_seeded_corruption_makes_validate_fail(tmp_path, fault):
     assert "missed" in {line["verdict"] for line in content["lines"]}
 
 
+@pytest.mark.parametrize("question", ["decisions", "bytes"])
+def test_a_panel_that_stops_is_a_miss_of_each_question(tmp_path, question):
+    arguments = [f"only=[{question}]", "corrupt=drop_copy", "policy/batching=chunked_prefill"]
+    code, content, _ = validate(tmp_path, *arguments)
+    assert code == 1
+    mine = [line["verdict"] for line in content["lines"] if line["question"] == question]
+    assert "missed" in mine
+
+
+@pytest.mark.filterwarnings("default:the calibration was not kept")
+def test_answers_outlive_a_calibration_that_cannot_be_kept(tmp_path, monkeypatch, capsys):
+    (tmp_path / ".config" / "diptych" / "node").mkdir(parents=True)
+    (tmp_path / ".config" / "diptych" / "node" / "this_machine.yaml").write_text("name: [")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arguments = ["only=[time]", "weights=random", "time_requests=3", "repeats=1"]
+    _, content, _ = validate(tmp_path, *arguments)
+    assert content["lines"]
+    assert "warning: the calibration was not kept" in capsys.readouterr().err
+
+
 def test_the_time_question_draws_the_two_panels(tmp_path):
     arguments = ["only=[time]", "weights=random", "time_requests=12", "repeats=2"]
     # On a busy machine a line may miss: that is a finding about the machine, not about the code.

@@ -1,0 +1,16 @@
+"""The texts whose continuations question 3 compares."""
+
+from itertools import product
+
+OPENINGS = (
+    "Question: what is {}? Answer:",
+    "Once upon a time there was {}, and one day",
+    "Here is a short and simple explanation of {} for a child of ten years:",
+    "A list of three facts about {}. 1.",
+)
+TOPICS = (
+    "the moon", "a steam engine", "photosynthesis", "an honest merchant in a small town", "gravity",
+    "a library", "the Roman Empire", "a compiler", "rain", "a violin", "the number zero",
+    "a glacier", "inflation", "a lighthouse on a lonely island", "bread", "the printing press",
+)  # fmt: skip
+TEXTS = [opening.format(topic) for topic, opening in product(TOPICS, OPENINGS)]
