@@ -3,6 +3,7 @@
 Nothing heavy is imported before the word is known, and each command imports its own.
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -54,6 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _dispatch(arguments)
         except ValueError as error:
             sys.stderr.write(f"error: {error}\n")
+            return 2
+        except BrokenPipeError:
+            # Whoever read the output has gone; what is left in the buffer has no reader either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except OSError as error:
+            what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            sys.stderr.write(f"error: {what}; nothing incomplete was left behind\n")
             return 2
         except KeyboardInterrupt:
             sys.stderr.write("interrupted\n")

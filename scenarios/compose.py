@@ -69,6 +69,20 @@ def parse(argv: Sequence[str]) -> Command:
     )  # fmt: skip
 
 
+def refuse_flags(command: Command, name: str) -> None:
+    """Refuse what only `diptych run` hands on to Hydra.
+
+    Raises:
+        ValueError: there is such a flag.
+    """
+    flags = [*command.flags, *(["-m"] if command.multirun else [])]
+    if flags:
+        raise ValueError(
+            f"{' '.join(flags)} has no meaning for `diptych {name}`; leave it out (`diptych run` "
+            "takes -m and Hydra's flags)"
+        )
+
+
 def compose_study(
     study: str = SCHEMA, overrides: Sequence[str] = (), config_dir: str | None = None
 ) -> Study:

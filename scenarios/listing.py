@@ -8,7 +8,7 @@ from hardware_models.composition import find_part
 from hardware_models.names import alternatives
 from hardware_models.parts import KINDS, load_gpu, load_node, names
 from scenarios import tables
-from scenarios.compose import parse, question, studies
+from scenarios.compose import parse, question, refuse_flags, studies
 from scenarios.folders import CONF, user_folders
 from sim.models.architecture import known_architectures, load_architecture
 from sim.models.parameters import total_parameters
@@ -28,6 +28,7 @@ def main(argv: Sequence[str]) -> int:
         ValueError: there is no such group.
     """
     command = parse(argv)
+    refuse_flags(command, "list")
     folders = user_folders(command.config_dir)
     groups = _groups(command.config_dir, folders)
     wanted = command.overrides

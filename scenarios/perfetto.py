@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sim.files import whole_file
 from sim.metrics import request_times
 from sim.plot_data import KIND_NAMES, batch_sizes, counts
 from sim.trace import Trace
@@ -20,8 +21,8 @@ REPLICAS, REQUESTS = 1, 2
 
 
 def write(trace: Trace, path: Path) -> Path:
-    """Write a trace as one JSON file, which is replaced."""
-    with path.open("w", encoding="utf-8") as file:
+    """Write a trace as one JSON file, which is replaced when all is written."""
+    with whole_file(path) as building, building.open("w", encoding="utf-8") as file:
         file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
         separator = ""
         for event in events(trace):

@@ -6,6 +6,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from sim.files import whole_file
 from sim.trace import DECODE, PREFILL
 
 COLOURS = {PREFILL: "#e8893b", DECODE: "#4a7fb5", PREFILL | DECODE: "#8a62a8"}
@@ -21,8 +22,9 @@ STYLE: Any = {
 
 
 def write(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG; the same trace gives the same bytes."""
+    """Write a figure as PNG, which is replaced; the same trace gives the same bytes."""
     FigureCanvasAgg(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    with whole_file(path) as building:
+        # The format is named, because the name of what is not complete has no suffix.
+        figure.savefig(building, format="png", dpi=130, metadata={"Software": None})
     return path

@@ -8,7 +8,7 @@ from scenarios.saved import Saved, load
 
 
 def main(argv: Sequence[str]) -> int:
-    """Report every folder that is named; a sweep's folder gives its table.
+    """Report every folder that is named; that of a sweep, broken off or not, gives its table.
 
     Raises:
         ValueError: no folder is named, or one holds no result.
@@ -17,8 +17,8 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError("report needs a folder; name one that `diptych run` wrote, below runs/")
     for argument in argv:
         path = Path(argument)
-        if (path / rows.TABLE).is_file():
-            rows.show(rows.read(path))
+        if found := rows.read(path):
+            rows.show(found)
         else:
             report(load(path))
     return 0

@@ -15,6 +15,7 @@ from sim.result import Figure, plain
 
 FOLDER = "rows"
 TABLE = "sweep.csv"
+PARQUET = "sweep.parquet"
 SHOWN = {
     "throughput_requests_per_s": "requests/s", "goodput_requests_per_s": "goodput/s",
     "slo_share": "met SLO", "ttft_p50_s": "TTFT p50", "ttft_p99_s": "TTFT p99",
@@ -63,12 +64,18 @@ def read(root: Path) -> list[Row]:
     return sorted(found, key=_order)
 
 
-def is_done(path: Path, configuration: str) -> bool:
-    """Whether a row is there, of this very configuration and without an error."""
+def take(root: Path, before: str, name: str, identity: str) -> bool:
+    """Take over the row of an earlier sweep, if it is of this very point and without an error."""
+    path = root / before / FOLDER / name
     if not path.exists():
         return False
     row = json.loads(path.read_text(encoding="utf-8"))
-    return row["configuration"] == configuration and not row["error"]
+    if row.get("identity") != identity or row["error"]:
+        return False
+    target = root / FOLDER / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path.replace(target)
+    return True
 
 
 def write_tables(found: Sequence[Row], root: Path) -> None:
@@ -94,7 +101,7 @@ def write_tables(found: Sequence[Row], root: Path) -> None:
     for name in names:
         values = [row["figures"].get(name) for row in found]
         columns[name] = pa.array([None if v is None else float(v) for v in values], pa.float64())
-    with whole_file(root / "sweep.parquet") as building:
+    with whole_file(root / PARQUET) as building:
         pq.write_table(pa.table(columns), building)
 
 

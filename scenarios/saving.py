@@ -1,10 +1,11 @@
 """Where the command line puts results, and how a configuration names them."""
 
+import hashlib
 import json
-from hashlib import sha256
 from pathlib import Path
 
 from scenarios.study import Save
+from sim.provenance import commit
 from sim.result import Result, configuration
 from sim.scenario import Scenario
 
@@ -12,7 +13,26 @@ from sim.scenario import Scenario
 def digest(value: object) -> str:
     """Ten hexadecimal digits that name a value; the same in every process."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return sha256(text.encode()).hexdigest()[:10]
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def identity(scenario: Scenario) -> str:
+    """What must be the same for a figure to be the same: configuration, code and data.
+
+    The module of a user's file is named by path and time of change, see `registry.load_file`.
+    """
+    rules = [scenario.workload, *vars(scenario.policy).values()]
+    modules = [type(rule).__module__ for rule in rules]
+    data = _file_digest(getattr(scenario.workload, "path", None))
+    return digest([configuration(scenario), commit(), modules, data])
+
+
+def _file_digest(name: str | None) -> str:
+    path = Path(name).expanduser() if name else None
+    if path is None or not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def default_folder(study: str, scenario: Scenario) -> Path:

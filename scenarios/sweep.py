@@ -7,7 +7,7 @@ is made of the rows, sorted by configuration: its bytes do not depend on launche
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,17 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from scenarios import rows, tables
+from scenarios import rows, sweep_folder, tables
 from scenarios.compose import DROPS, Command, compose_config, typed
 from scenarios.explain import explain
 from scenarios.folders import CONF, user_folders
 from scenarios.register import SCHEMA, register
-from scenarios.saving import digest, save
+from scenarios.saving import digest, identity, save
 from scenarios.study import Save
 from sim.policies.registry import USER_MODULES
-from sim.result import configuration
 
 HYDRA_SETTINGS = (
     "hydra/job_logging=disabled",
@@ -39,30 +39,59 @@ HYDRA_SETTINGS = (
 
 
 def sweep(command: Command) -> int:
-    """Run all points; 0 if every one succeeded, else 1.
+    """Run all points; 0 if every one succeeded, else 1, or 130 after Ctrl-C.
 
     Raises:
-        ValueError: the study or its sweep cannot be composed; nothing was written.
+        ValueError: the study or its sweep cannot be composed, and what was there stays; or the
+            sweep broke off.
     """
     assert command.study is not None
     base, root = _settle(command)
-    _prepare(root, resume=bool(base.resume))
+    resume = bool(base.resume)
+    sweep_folder.put_aside(root, resume=resume)
     overrides = [one for one in command.overrides if not one.startswith(("out=", "resume="))]
     quoted = str(root).replace("'", "\\'")
-    overrides += [f"out='{quoted}'", f"resume={str(base.resume).lower()}"]
-    code = hydra_main(command, ["--multirun", *overrides])
-    found = rows.read(root)
+    overrides += [f"out='{quoted}'", f"resume={str(resume).lower()}"]
+    try:
+        code = hydra_main(command, ["--multirun", *overrides])
+    except BaseException as error:
+        text = _broken_off(command.study, root, resume=resume)
+        if not isinstance(error, KeyboardInterrupt):
+            raise
+        sys.stderr.write(f"interrupted: {text}\n")
+        return 130
     if code != 0:
-        raise ValueError(_how_it_ended(command.study, root, len(found)))
+        raise ValueError(_broken_off(command.study, root, resume=resume))
+    return _finish(root)
+
+
+def _finish(root: Path) -> int:
+    """Make the table of all rows and show it."""
+    found = rows.read(root)
     failed = [row for row in found if row["error"]]
     if len(failed) == len(found):
         rows.show(found)
-        _discard(root)
+        shutil.rmtree(root / rows.FOLDER, ignore_errors=True)
+        sweep_folder.restore(root)
         return 1
     rows.write_tables(found, root)
+    sweep_folder.settle(root, found)
     rows.show(found)
     tables.console().print(f"saved in {root}", soft_wrap=True)
     return 1 if failed else 0
+
+
+def _broken_off(study: str, root: Path, *, resume: bool) -> str:
+    """Keep what is done, or else what was there before; what to tell of it."""
+    num_finished = len(rows.read(root))
+    if not num_finished:
+        sweep_folder.restore(root)
+        return f"study {study}: the sweep was refused before any point was done; see above"
+    sweep_folder.keep_for_later(root, resume=resume)
+    return (
+        f"study {study}: the sweep broke off after {num_finished} points, which are kept in "
+        f"{root}; the same command with resume=true does the rest"
+    )
 
 
 def point(config: DictConfig) -> None:
@@ -72,22 +101,23 @@ def point(config: DictConfig) -> None:
     """
     root = Path(config.out)
     overrides = rows.choices(HydraConfig.get().overrides.task)
-    path = root / rows.FOLDER / f"{digest(overrides)}.json"
-    row: dict[str, Any] = {"choices": overrides, "configuration": None, "error": "", "figures": {}}
+    name = f"{digest(overrides)}.json"
+    row: dict[str, Any] = {"choices": overrides, "identity": None, "error": "", "figures": {}}
     try:
         study = typed(config)
-        row["configuration"] = digest(configuration(study.scenario))
-        if study.resume and rows.is_done(path, row["configuration"]):
+        row["identity"] = identity(study.scenario)
+        if study.resume and rows.take(root, sweep_folder.BEFORE, name, row["identity"]):
             return
         from scenarios.run import simulate
 
         result = simulate(study.scenario, progress=False)
         row["figures"] = rows.figures(result.intervals())
-        save(result, root / "points" / rows.slug(overrides), study.save or Save.summary)
+        folder = root / sweep_folder.POINTS / rows.slug(overrides)
+        save(result, folder, study.save or Save.summary)
     except Exception as error:  # a policy of the user's own may raise anything
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         row["error"] = f"{kind}{explain(error)}"
-    rows.write(path, row)
+    rows.write(root / rows.FOLDER / name, row)
     sys.stderr.write(f"{'failed' if row['error'] else 'done'}: {rows.label(overrides)}\n")
 
 
@@ -112,23 +142,40 @@ def hydra_main(command: Command, arguments: Sequence[str]) -> int:
 
 
 def _settle(command: Command) -> tuple[DictConfig, Path]:
-    """The configuration that all points share, and the folder of the sweep."""
+    """The configuration that all points share, and the folder of the sweep.
+
+    Every value of the sweep is composed once, so that what no point can be is refused here.
+    """
     assert command.study is not None
     parsed = OverridesParser.create().parse_overrides(command.overrides)
     common = [one.input_line for one in parsed if one.input_line and not one.is_sweep_override()]
     config = compose_config(command.study, common, command.config_dir, with_hydra=True)
-    groups = config.hydra.runtime.choices
-    swept = [one for one in parsed if one.is_sweep_override() and one.key_or_group in groups]
-    for one in swept:
-        for choice in one.sweep_string_iterator():
-            # Composed by itself, an unknown choice is refused here and not by each worker.
-            alone = f"{one.key_or_group}={choice}"
-            compose_config(command.study, [*common, alone], command.config_dir)
     params = OmegaConf.to_container(config.hydra.sweeper)
     ignored = ("hydra", "out=", "resume=")
     mine = sorted(one for one in command.overrides if not one.startswith(ignored))
     named = digest([mine, params, configuration_text(config)])
-    return config, Path(config.out or Path("runs") / command.study / f"sweep-{named}").absolute()
+    out = Path(config.out or Path("runs") / command.study / f"sweep-{named}")
+    root = sweep_folder.claim(out)
+    for chosen in _each_value_once(parsed, config.hydra.sweeper.params or {}):
+        compose_config(command.study, [*common, *chosen], command.config_dir)
+    return config, root
+
+
+def _each_value_once(parsed: list[Override], params: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Overrides of points that together have every value of the sweep, first values first."""
+    given = {one.key_or_group for one in parsed}
+    lines = [f"{key}={value}" for key, value in params.items() if key not in given]
+    swept = [*parsed, *OverridesParser.create().parse_overrides(lines)]
+    values = {
+        str(one.input_line).partition("=")[0]: list(one.sweep_string_iterator())
+        for one in swept
+        if one.is_choice_sweep() or one.is_range_sweep()
+    }
+    first = {key: f"{key}={these[0]}" for key, these in values.items() if these}
+    yield list(first.values())
+    for key, these in values.items():
+        for value in these[1:]:
+            yield list((first | {key: f"{key}={value}"}).values())
 
 
 def configuration_text(config: DictConfig) -> str:
@@ -136,31 +183,6 @@ def configuration_text(config: DictConfig) -> str:
     shared = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     shared.out, shared.resume = None, False
     return OmegaConf.to_yaml(shared)
-
-
-def _prepare(root: Path, *, resume: bool) -> None:
-    holds_sweep = (root / rows.FOLDER).is_dir() or (root / rows.TABLE).exists()
-    if root.exists() and not holds_sweep and any(root.iterdir()):
-        raise ValueError(f"out={root} is not empty and holds no sweep; name another folder")
-    if not resume:
-        shutil.rmtree(root / rows.FOLDER, ignore_errors=True)
-
-
-def _how_it_ended(study: str, root: Path, num_finished: int) -> str:
-    if not num_finished:
-        _discard(root)
-        return f"study {study}: the sweep was refused before it ran; see above"
-    return (
-        f"study {study}: the sweep broke off after {num_finished} points, which are kept in "
-        f"{root}; the same command with resume=true does the rest"
-    )
-
-
-def _discard(root: Path) -> None:
-    """Leave nothing of a sweep of which nothing was accepted."""
-    shutil.rmtree(root / rows.FOLDER, ignore_errors=True)
-    if root.is_dir() and not any(root.iterdir()):
-        root.rmdir()
 
 
 def _pickle_users_modules() -> None:

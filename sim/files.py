@@ -1,13 +1,76 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that are written whole or not at all, and only where they may be."""
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
+
+BUILDING = ".diptych-"
+"""What the name of everything begins with that is not complete yet."""
+
+
+def claim_folder(folder: Path, ours: Iterable[str], what: str) -> Path:
+    """Where `folder` really is, if it may be made, or replaced because all in it is ours.
+
+    Args:
+        folder: the user's `out`.
+        ours: patterns of the files that such a folder may hold, part by part.
+        what: such a folder holds, in a word.
+
+    Raises:
+        ValueError: it cannot be written, or holds something of somebody else's.
+    """
+    try:
+        place = folder.resolve()
+        if place.exists():
+            _require_ours(folder, place, list(ours), what)
+        _try_to_make(place)
+    except OSError as error:
+        raise ValueError(
+            f"out={folder} cannot be written ({error.strerror}); name another folder"
+        ) from error
+    return place
+
+
+def _require_ours(folder: Path, place: Path, ours: list[str], what: str) -> None:
+    if not place.is_dir():
+        raise ValueError(f"out={folder} is a file and must be a folder; name another one")
+    if Path.cwd().is_relative_to(place):
+        raise ValueError(
+            f"out={folder} is the folder that you are in, or holds it; name one below, such as "
+            "out=runs/mine"
+        )
+    files = (path.relative_to(place) for path in place.rglob("*") if not path.is_dir())
+    foreign = next((path for path in sorted(files) if not _matches(path, ours)), None)
+    if foreign is not None:
+        raise ValueError(
+            f"out={folder} is not empty and holds {foreign}, which is no part of a {what}; name "
+            "another folder"
+        )
+
+
+def _matches(path: PurePath, patterns: list[str]) -> bool:
+    if any(part.startswith(BUILDING) for part in path.parts):
+        return True
+    return any(
+        path.match(pattern) and len(path.parts) == len(PurePath(pattern).parts)
+        for pattern in patterns
+    )
+
+
+def _try_to_make(place: Path) -> None:
+    """Raise what making the folder would raise, and leave nothing."""
+    there = next(path for path in place.parents if path.exists())
+    trial = Path(tempfile.mkdtemp(prefix=BUILDING, dir=there))
+    try:
+        for part in place.relative_to(there).parts:
+            (trial / part).mkdir()
+    finally:
+        shutil.rmtree(trial)
 
 
 @contextmanager
@@ -17,7 +80,7 @@ def whole_folder(folder: Path) -> Generator[Path]:
     What had the name before is moved aside first and deleted last: a crash loses neither.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    building = Path(tempfile.mkdtemp(prefix=BUILDING, dir=folder.parent))
     aside = building.with_name(f"{building.name}-old")
     try:
         yield building
@@ -37,7 +100,7 @@ def whole_folder(folder: Path) -> Generator[Path]:
 def whole_file(path: Path) -> Generator[Path]:
     """A file to write; it takes its name when all is written, and vanishes when that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=BUILDING, dir=path.parent)
     os.close(handle)
     try:
         yield Path(name)

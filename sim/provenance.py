@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def provenance() -> dict[str, str]:
     }
 
 
+@cache
 def commit() -> str:
     """The commit of the source tree, `+` where it was changed; `release` outside git."""
     folder = Path(__file__).parent

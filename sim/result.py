@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 SUMMARY = "summary.json"
 """The file that makes a folder a result."""
+FILES = (
+    SUMMARY, "requests.parquet", "trace/*.parquet",
+    "timeline.png", "latency.png", "trace.perfetto.json",
+)  # fmt: skip
+"""What a result's folder may hold: what a run writes, and what a report adds."""
 
 
 class Figure(NamedTuple):
@@ -121,8 +126,8 @@ class Result:
         Raises:
             ValueError: the folder holds something that is not a result.
         """
-        require_result_folder(folder)
-        with files.whole_folder(folder) as building:
+        place = require_result_folder(folder)
+        with files.whole_folder(place) as building:
             files.write_json(building / SUMMARY, self.as_json())
             if requests:
                 from sim.trace_files import write_columns
@@ -165,18 +170,13 @@ def kind(record: object) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(record).__name__).lower()
 
 
-def require_result_folder(folder: Path) -> None:
-    """Refuse to write over something that is not a result.
+def require_result_folder(folder: Path) -> Path:
+    """Where a result goes, if nothing but an earlier result is there.
 
     Raises:
-        ValueError: the folder is a file, or holds anything but a result.
+        ValueError: it cannot be written, or the folder holds anything else.
     """
-    if folder.is_file():
-        raise ValueError(f"out={folder} is a file and must be a folder; name another one")
-    if folder.exists() and not (folder / SUMMARY).exists() and any(folder.iterdir()):
-        raise ValueError(
-            f"out={folder} is not empty and holds no result; name another folder or empty it"
-        )
+    return files.claim_folder(folder, FILES, "result")
 
 
 def plain(value: Any) -> Any:

@@ -36,7 +36,7 @@ REFUSED = {
     ),
     "smuggled_at_the_top": (["+seed=4"], ["seed is not a field", "seeds"]),
     "bad_seeds": (["seeds=[1,1]"], ["seeds=[1, 1]", "distinct", "try"]),
-    "foreign_folder": (["out=."], ["out=.", "not empty", "name another"]),
+    "foreign_folder": (["out=."], ["out=.", "the folder that you are in", "name one below"]),
     "unknown_group": (["policy/batchin=static"], ["policy/batchin is not a group", "diptych list"]),
     "unreadable_override": (["workload.rate_per_s=[1"], ["workload.rate_per_s=[1", "quote"]),
     "sweep_without_m": (["workload.rate_per_s=1,2"], ["workload.rate_per_s"]),
@@ -63,6 +63,41 @@ def test_bad_input_is_refused_before_anything_is_written(diptych, workplace, cas
     assert "Traceback" not in errors
     assert [part for part in expected if part not in errors] == []
     assert tree() == ["./something"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("run", "-cn", "replica", "workload.num_requests=5"),
+        ("run", "-m", "-cn", "replica", "workload.num_requests=5"),
+        ("validate", "-cn", "replica", "only=[decisions]", "decision_requests=5"),
+    ],
+    ids=lambda command: "-".join(command[:2]),
+)
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [
+        ("mine", "mine is not empty and holds"),
+        ("file", "file is a file"),
+        ("file/below", "Not a directory"),
+        ("/proc/nowhere", "No such file"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_a_folder_of_somebody_else_s_or_of_nobody_s_is_left_alone(
+    diptych, workplace, command, out, reason
+):
+    (workplace / "file").write_text("mine")
+    for name in ("summary.json", "validation.json", "rows/0123456789.json", "rows/thesis.tex"):
+        path = workplace / "mine" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    before = tree()
+    code, printed, errors = diptych(*command, f"out={out}")
+    assert (code, printed) == (2, "")
+    assert reason in errors
+    assert "name another" in errors
+    assert tree() == before
 
 
 @pytest.mark.parametrize(
@@ -100,6 +135,11 @@ def test_an_empty_workload_is_refused(diptych):
         (["run", "-cn", "replika"], ["'replika' is not known", "did you mean 'replica'"]),
         (["run", "-cn"], ["-cn needs a value"]),
         (["run", "-cn", "replica", "--config-dir", "nowhere"], ["nowhere", "must be a folder"]),
+        (["validate", "-cn", "replica", "-m"], ["-m has no meaning for `diptych validate`"]),
+        (["list", "--bogus"], ["--bogus has no meaning for `diptych list`"]),
+        (["validate", "-cn", "replica", "only=[]"], ["only=[] asks nothing"]),
+        (["validate", "-cn", "replica", "prompts=65"], ["prompts=65 must be at most 64"]),
+        (["validate", "-cn", "replica", "weights=none"], ["'none' is neither a folder"]),
         (["list", "gup"], ["'gup' is not known", "did you mean 'gpu'"]),
         (["report"], ["report needs a folder"]),
         (["report", "nowhere"], ["nowhere", "summary.json", "diptych run"]),

@@ -68,7 +68,7 @@ def test_resume_does_what_is_missing_or_changed_and_nothing_else(diptych):
     before = tables("o")
     lost, stale, kept = sorted(Path("o/rows").iterdir())
     lost.unlink()
-    stale.write_text(json.dumps({**json.loads(stale.read_text()), "configuration": "another"}))
+    stale.write_text(json.dumps({**json.loads(stale.read_text()), "identity": "another"}))
     stamp = kept.stat().st_mtime_ns
     code, _, errors = diptych(*arguments, "resume=true")
     assert code == 0
@@ -110,5 +110,62 @@ def test_a_folder_with_something_else_is_refused(diptych, workplace):
     (workplace / "o" / "thesis.txt").write_text("mine")
     code, _, errors = diptych("run", "-m", "-cn", "replica", "out=o")
     assert code == 2
-    assert "holds no sweep" in errors
+    assert "holds thesis.txt, which is no part of a sweep" in errors
     assert os.listdir("o") == ["thesis.txt"]
+
+
+def test_a_refused_or_failed_sweep_leaves_the_one_before_it(diptych):
+    good = ("run", "-m", "-cn", "replica", *FEW, "policy/batching=static,continuous", "out=o")
+    assert diptych(*good)[0] == 0
+    before = {path: path.read_bytes() for path in Path("o").rglob("*") if path.is_file()}
+    for bad in ("workload.bogus=1,2", "workload.num_requests=3,few", "model=dbrx,llama_3_70b"):
+        code = diptych("run", "-m", "-cn", "replica", "policy/batching=static", "out=o", bad)[0]
+        assert code in (1, 2)
+        after = {path: path.read_bytes() for path in Path("o").rglob("*") if path.is_file()}
+        assert after == before
+
+
+def test_a_new_sweep_leaves_nothing_of_the_one_before_it(diptych):
+    common = ("run", "-m", "-cn", "replica", *FEW, "out=o")
+    diptych(*common, "policy/batching=static,continuous")
+    assert diptych(*common, "policy/batching=static", "workload.rate_per_s=3,5")[0] == 0
+    assert len(table("o")) == len(os.listdir("o/points")) == len(os.listdir("o/rows")) == 2
+    assert sorted(os.listdir("o")) == ["points", "rows", "sweep.csv", "sweep.parquet"]
+
+
+def test_resume_takes_only_rows_of_the_same_configuration_code_and_data(diptych, monkeypatch):
+    header, line = "TIMESTAMP,ContextTokens,GeneratedTokens\n", "2023-11-16 18:17:0{}.0,9,5\n"
+    Path("load.csv").write_text(header + line.format(1) + line.format(2))
+    command = ("run", "-m", "-cn", "replica", "workload=azure_trace", "workload.path=load.csv",
+               "policy/batching=static,continuous", "resume=true", "out=o")  # fmt: skip
+    assert diptych(*command)[2].count("done: ") == 2
+    assert diptych(*command)[2].count("done: ") == 0
+    Path("load.csv").write_text(header + line.format(1) + line.format(2) + line.format(3))
+    assert diptych(*command)[2].count("done: ") == 2
+    assert {row["num_requests"] for row in table("o")} == {"3.0"}
+    monkeypatch.setattr("scenarios.saving.commit", lambda: "another")
+    assert diptych(*command)[2].count("done: ") == 2
+    assert diptych(*command, "gpu=h20", "node=null")[2].count("done: ") == 2
+    assert len(table("o")) == 2
+
+
+def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(diptych, monkeypatch):
+    from scenarios import run
+
+    simulate, calls = run.simulate, []
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return simulate(*arguments, **options)
+
+    monkeypatch.setattr(run, "simulate", interrupted)
+    command = ("run", "-m", "-cn", "replica", *FEW, "out=o")
+    code, _, errors = diptych(*command)
+    assert code == 130
+    assert "broke off after 1 points" in errors
+    assert "resume=true" in errors
+    assert diptych("report", "o")[0] == 0
+    assert diptych(*command, "resume=true")[2].count("done: ") == 2
+    assert len(table("o")) == 3
