@@ -1,5 +1,6 @@
 """Times iterations of the real replica batch by batch, through the loop that serves requests."""
 
+import math
 import platform
 import statistics
 import time
@@ -93,6 +94,22 @@ class Passes:
         repeated = [np.array(seconds) for seconds in self._seconds if len(seconds) > 1]
         deviations = [np.abs(seconds / seconds.mean() - 1) for seconds in repeated]
         return float(np.median(np.concatenate(deviations))) if deviations else 0.0
+
+    def jitter(self) -> list[float]:
+        """Every timing over the mean of its batch, as if there were passes without number.
+
+        A pass that is slow as a whole is no jitter. Empty after a single pass.
+        """
+        num_passes = min(map(len, self._seconds))
+        if num_passes < 2:
+            return []
+        seconds = np.array([timings[:num_passes] for timings in self._seconds])
+        ratios = seconds / np.median(seconds, axis=1, keepdims=True)
+        ratios /= np.median(ratios, axis=0)
+        # Few timings lie closer to their own middle than to the mean of many: Bessel's correction.
+        ratios = 1 + (ratios - 1) * math.sqrt(num_passes / (num_passes - 1))
+        ratios = np.maximum(ratios, 0.0) / ratios[ratios <= STALL].mean()
+        return ratios.ravel().tolist()
 
 
 def _mean_without_stalls(seconds: Sequence[float]) -> float:

@@ -41,6 +41,9 @@ class FittedIteration:
     """Shapes that it was judged on."""
     dtype: str
     """Type of weights and activations, such as fp32."""
+    jitter: list[float] = field(default_factory=list[float])
+    """Quantiles, evenly spaced, of an iteration's seconds over the mean of its like; empty: not
+    measured."""
 
     def __post_init__(self) -> None:
         for name in ("body", "head"):
@@ -68,6 +71,7 @@ class FittedIteration:
             "num_heldout",
             "max_context_tokens",
         )
+        require_all_not_negative(self, "jitter", enumerate(self.jitter))
         require_text(self, "dtype")
 
 

@@ -19,7 +19,7 @@ from hardware_models.processors import ComputeMeasured, Cpu
 from hardware_models.schema import Node
 from scenarios.tables import console, grid
 from sim.costs.calibration_plan import BatchPlan, heldout_batches, training_batches
-from sim.costs.fitting import Measured, fit_iteration
+from sim.costs.fitting import Measured, fit_iteration, jitter_quantiles
 from sim.files import whole_file
 from sim.provenance import commit, processor
 
@@ -129,7 +129,7 @@ def calibrate(weights: str, device: str, repeats: int, path: Path) -> Node:
         passes = Passes(transformer, planned_batches(), lambda: progress.advance(task))
         for _ in range(repeats):
             passes.time()
-    return write(fit_of(passes.measured()), model.name, device, path)
+    return write(fit_of(passes.measured(), passes.jitter()), model.name, device, path)
 
 
 def planned_batches() -> list[BatchPlan]:
@@ -137,10 +137,12 @@ def planned_batches() -> list[BatchPlan]:
     return [*training_batches(), *heldout_batches()]
 
 
-def fit_of(measured: Sequence[Measured]) -> FittedIteration:
+def fit_of(measured: Sequence[Measured], jitter: Sequence[float] = ()) -> FittedIteration:
     """Fit the first of `planned_batches` and judge the fit on the held-out rest."""
     count = len(training_batches())
-    return fit_iteration(measured[:count], measured[count:], "fp32")
+    fit = fit_iteration(measured[:count], measured[count:], "fp32")
+    fit.jitter = jitter_quantiles(jitter)
+    return fit
 
 
 def write(fit: FittedIteration, model: str, device: str, path: Path) -> Node:

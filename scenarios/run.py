@@ -42,11 +42,11 @@ def simulate(scenario: Scenario, *, progress: bool = True) -> Result:
     Raises:
         ValueError: the scenario cannot run; see `sim.api.check`.
     """
-    check(scenario)
     if not progress:
         return run(scenario)
     results: list[Result] = []
-    with tables.console(errors=True).status("") as status:
+    with tables.console(errors=True).status(f"{scenario.name}: reading the workload") as status:
+        check(scenario)
         for place, seed in enumerate(scenario.seeds, 1):
             status.update(f"{scenario.name}: seed {seed} ({place} of {len(scenario.seeds)})")
             results.append(run(replace(scenario, seeds=[seed])))

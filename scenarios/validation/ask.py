@@ -21,6 +21,7 @@ from scenarios.validation.timing import Runs
 from scenarios.validation.verdict import Line, Verdict
 from sim.costs.base import IterationCost
 from sim.costs.fitted import Fitted
+from sim.costs.fitting import jitter_quantiles
 from sim.policies.batching.base import Batching
 from sim.trace import Trace
 from sim.workload.source import Source
@@ -126,9 +127,16 @@ def _time(
             progress.advance(task)
         spent.append(costs.cost(repeat))
     costs.keep()
+    jitter = costs.jitter()
     runs = {
         name: Runs(
-            [timing.predict(source(), plan.policies[name], cost) for cost in spent], traces, spent
+            [timing.predict(source(), plan.policies[name], cost) for cost in spent],
+            traces,
+            spent,
+            [
+                timing.predict_with_jitter(source(), plan.policies[name], cost, jitter, repeat)
+                for repeat, cost in enumerate(spent)
+            ],
         )
         for name, traces in measured.items()
     }
@@ -170,6 +178,13 @@ class _Costs:
             return Fitted(self._fit)
         return Fitted(calibrate.fit_of(self._passes.measured(first_pass)))
 
+    def jitter(self) -> list[float]:
+        """Ratios of an iteration's seconds to their mean, of all passes; empty: not measured."""
+        if self._passes is None:
+            assert self._fit is not None
+            return self._fit.jitter
+        return jitter_quantiles(self._passes.jitter())
+
     def spread(self) -> float:
         """By how much the same iteration differs from itself; 0 where nothing was timed again."""
         return 0.0 if self._passes is None else self._passes.spread()
@@ -183,7 +198,7 @@ class _Costs:
             return
         try:
             if calibrate.stored(self._path, self._model, self._device) is None:
-                fit = calibrate.fit_of(self._passes.measured())
+                fit = calibrate.fit_of(self._passes.measured(), self._passes.jitter())
                 calibrate.write(fit, self._model, self._device, self._path)
         except (ValueError, OSError) as error:
             warnings.warn(f"the calibration was not kept: {error}", stacklevel=2)

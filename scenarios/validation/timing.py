@@ -18,7 +18,7 @@ from sim.engine import ReplicaLimits
 from sim.metrics import request_times, token_times
 from sim.models.work import IterationShape
 from sim.policies.batching.base import Batching
-from sim.processes.pace import Costed
+from sim.processes.pace import Costed, Jittered
 from sim.processes.replica import simulate
 from sim.trace import PREFILL, Trace
 from sim.workload.poisson import Poisson
@@ -46,6 +46,8 @@ class Runs(NamedTuple):
     """One a repeat."""
     costs: list[IterationCost]
     """Those of the simulated panel, one a repeat."""
+    jittered: list[Trace]
+    """As `simulated`, with the jitter that was calibrated: what a high percentile needs."""
 
 
 def workload(rate_per_s: float, num_requests: int) -> Poisson:
@@ -68,8 +70,15 @@ def capacity_per_s(policies: Iterable[Batching], cost: IterationCost) -> float:
 
 
 def predict(source: Source, batching: Batching, cost: IterationCost) -> Trace:
-    """The simulated panel of a timed run."""
+    """The simulated panel of a timed run: what is to be expected of each request."""
     return simulate(source, batching, LIMITS, Costed(cost))
+
+
+def predict_with_jitter(
+    source: Source, batching: Batching, cost: IterationCost, ratios: Sequence[float], seed: int
+) -> Trace:
+    """The simulated panel of a timed run on a machine that is never quite the same."""
+    return simulate(source, batching, LIMITS, Jittered(cost, ratios, seed))
 
 
 def time_lines(
@@ -171,7 +180,7 @@ def _ratio_lines(
 ) -> list[Line]:
     """The p99 ITL of chunked_prefill over that of continuous: what the policy is about."""
     share, share_low, share_high = prefill_share(continuous.measured, seed)
-    sides = (continuous.simulated, continuous.measured, chunked.simulated, chunked.measured)
+    sides = (continuous.jittered, continuous.measured, chunked.jittered, chunked.measured)
     gaps = [
         [np.stack(four) for four in zip(*map(_gaps, traces), strict=True)]
         for traces in zip(*sides, strict=True)

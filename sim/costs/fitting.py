@@ -21,6 +21,9 @@ HEAD_TOKENS = (1.0, 6.0, 7.0, 8.0, 16.0, 32.0)
 """Bends of the two curves. CPU kernels take up to six rows at the price of one; the seventh costs
 a step."""
 
+NUM_QUANTILES = 200
+"""Of the jitter: enough for a 99th percentile."""
+
 STALL = 2.5
 """A timing so many times the usual says nothing about its batch."""
 
@@ -76,6 +79,14 @@ def fit_iteration(
     fit.heldout_median_error = float(np.median(errors))
     fit.heldout_p90_error = float(np.percentile(errors, 90))
     return fit
+
+
+def jitter_quantiles(ratios: Sequence[float]) -> list[float]:
+    """What a fit stores of timings over the means of their like; nothing of none."""
+    if not ratios:
+        return []
+    places = (np.arange(NUM_QUANTILES) + 0.5) / NUM_QUANTILES
+    return np.quantile(ratios, places).round(4).tolist()
 
 
 def relative_errors(fit: FittedIteration, measured: Sequence[Measured]) -> NDArray[np.float64]:

@@ -2,7 +2,9 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from hashlib import blake2b
 from itertools import accumulate
+from struct import pack
 from typing import Protocol
 
 from sim.costs.base import IterationCost
@@ -47,6 +49,40 @@ class Costed:
         """Boundaries of `iterations` decode-only iterations, `now_s` first."""
         seconds = self._decode_run_s(num_decodes, decode_context, iterations)
         return list(accumulate(seconds, initial=now_s))
+
+
+class Jittered:
+    """As `Costed`, but no iteration takes quite what its like take on average.
+
+    Each takes its cost times one of the measured ratios. Which one depends on the seed and on the
+    instant of its start only, so that a decode stretch has the boundaries of its iterations one by
+    one.
+    """
+
+    start_s = 0.0
+
+    def __init__(self, cost: IterationCost, ratios: Sequence[float], seed: int) -> None:
+        """Take equally likely ratios of an iteration's seconds to their mean; empty: none."""
+        self._cost = cost
+        self._ratios = list(ratios) or [1.0]
+        self._seed = seed
+
+    def iteration(self, now_s: float, shape: IterationShape) -> list[float]:
+        """`[now_s, end]` of one iteration."""
+        return [now_s, now_s + self._cost.iteration_s(shape) * self._ratio(now_s)]
+
+    def decode_run(
+        self, now_s: float, num_decodes: int, decode_context: int, iterations: int
+    ) -> list[float]:
+        """Boundaries of `iterations` decode-only iterations, `now_s` first."""
+        boundaries = [now_s]
+        for seconds in self._cost.decode_run_s(num_decodes, decode_context, iterations):
+            boundaries.append(boundaries[-1] + seconds * self._ratio(boundaries[-1]))
+        return boundaries
+
+    def _ratio(self, instant_s: float) -> float:
+        key = blake2b(pack("<qd", self._seed, instant_s), digest_size=8).digest()
+        return self._ratios[int.from_bytes(key, "little") % len(self._ratios)]
 
 
 class Replayed:

@@ -2,15 +2,19 @@
 
 import math
 
+MOST = 100_000_000
+"""A million requests take a gigabyte or two of memory: a larger count is a slip of the keyboard."""
+
 
 def require_count(name: str, value: int | None, example: int = 100) -> None:
-    """Refuses a number of things below one. None, for "not given", passes.
+    """Refuses a number of things below one or above `MOST`. None, for "not given", passes.
 
     Raises:
-        ValueError: the value is below one.
+        ValueError: the value is out of range.
     """
-    if value is not None and value < 1:
-        raise ValueError(f"{name}={value} must be at least 1; try {name}={example}")
+    if value is not None and not 1 <= value <= MOST:
+        rule = "at least 1" if value < 1 else f"at most {MOST:,}"
+        raise ValueError(f"{name}={value} must be {rule}; try {name}={example}")
 
 
 def require_positive(name: str, value: float | None, example: float = 1.0) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from backends.calibration import Passes, time_batch
@@ -13,7 +14,7 @@ from scenarios.validation import timing
 from scenarios.validation.options import with_short_chunks
 from sim.costs.calibration_plan import BatchPlan, heldout_batches, training_batches
 from sim.costs.fitted import Fitted
-from sim.costs.fitting import Measured, fit_iteration, relative_errors
+from sim.costs.fitting import Measured, fit_iteration, jitter_quantiles, relative_errors
 from sim.decision_rows import expand
 from sim.models.architecture import load_architecture
 from sim.models.work import IterationShape
@@ -90,12 +91,29 @@ def test_a_timed_batch_has_the_shape_that_was_planned():
     assert len(ticks) == 3
 
 
+def test_jitter_is_what_is_left_of_timings_without_their_batch_and_their_pass():
+    rng = np.random.default_rng(0)
+    passes = Passes.__new__(Passes)
+    batches, slow = rng.uniform(0.01, 0.5, 400), rng.uniform(0.9, 1.2, 6)
+    jitter = rng.normal(1.0, 0.06, (400, 6))
+    passes._seconds = (batches[:, None] * slow * jitter).tolist()
+    found = np.array(passes.jitter())
+    assert found.mean() == pytest.approx(1.0, abs=1e-9)
+    assert found.std() == pytest.approx(0.06, rel=0.1)
+    quantiles = jitter_quantiles(found.tolist())
+    assert np.percentile(quantiles, 99) == pytest.approx(np.percentile(jitter, 99), rel=0.02)
+    passes._seconds = [[1.0], [2.0]]
+    assert passes.jitter() == jitter_quantiles([]) == []
+
+
 def test_calibrate_writes_a_node_that_a_study_can_use(tmp_path, monkeypatch, capsys):
     path = tmp_path / "node" / "this_machine.yaml"
     assert main(["calibrate", "weights=random", "repeats=1", f"out={path}"]) == 0
     assert "median error" in capsys.readouterr().out
     node = read_node(path)
-    assert node.calibration.models["tiny_llama"].num_shapes == len(training_batches())
+    fit = node.calibration.models["tiny_llama"]
+    assert fit.num_shapes == len(training_batches())
+    assert fit.jitter == []
     monkeypatch.setenv("DIPTYCH_PATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     chosen = ["node=this_machine", "cost=fitted", "model=tiny_llama", "model.dtype=fp32"]

@@ -3,6 +3,7 @@
 from collections.abc import Generator
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from serving_cases import (
     POLICIES,
     Case,
     Grid,
+    PromptSeconds,
     assert_equal_traces,
     cases,
     recorded,
@@ -22,8 +24,8 @@ from sim.decision_rows import canonical, expand
 from sim.engine import ReplicaLimits
 from sim.policies.batching.base import Batching
 from sim.processes.exact_time import ExactEnvironment
-from sim.processes.pace import Costed
-from sim.processes.replica import Replica
+from sim.processes.pace import Costed, Jittered
+from sim.processes.replica import Replica, simulate
 from sim.trace import State, Trace
 from sim.workload.source import Source
 
@@ -36,6 +38,34 @@ def test_macro_steps_equal_single_steps_bit_for_bit(name: str, case: Case) -> No
     slow = run_case(case, POLICIES[name], one_by_one=True)
     assert_equal_traces(canonical(fast), canonical(slow))
     assert expand(canonical(fast)) == expand(canonical(slow))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@settings(max_examples=30)
+@given(case=cases(), seed=st.integers(0, 3))
+def test_jitter_is_the_same_for_macro_steps_and_single_steps(
+    name: str, case: Case, seed: int
+) -> None:
+    pace = Jittered(case.cost, [0.5, 0.9, 1.0, 1.6], seed)
+    fast, slow = (
+        simulate(
+            Source(case.workload, 0, CONTEXT), POLICIES[name], case.limits, pace, one_by_one=single
+        )
+        for single in (False, True)
+    )
+    assert_equal_traces(canonical(fast), canonical(slow))
+
+
+def test_jitter_draws_every_measured_ratio_equally_often() -> None:
+    ratios = [0.7, 1.0, 1.1, 1.2]
+    case = Case(recorded([(0, 1, 8001)]), ReplicaLimits(1, 64, 16, 999), PromptSeconds(1.0, 0, 1.0))
+    source = Source(case.workload, 0, CONTEXT)
+    pace = Jittered(case.cost, ratios, 0)
+    trace = simulate(source, POLICIES["continuous"], case.limits, pace)
+    spent_s = (trace.iterations["end_s"] - trace.iterations["start_s"])[1:].round(6)
+    values, times = np.unique(spent_s, return_counts=True)
+    assert values.tolist() == ratios
+    assert times == pytest.approx(2000, rel=0.1)
 
 
 def watch(

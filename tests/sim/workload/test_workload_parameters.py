@@ -20,6 +20,7 @@ TOKENS = {"input_tokens": 566, "output_tokens": 247}
         ({"rate_per_s": math.nan}, r"rate_per_s=nan must be positive"),
         ({"rate_per_s": None}, r"rate_per_s=None must be given"),
         ({"num_requests": 0}, r"num_requests=0 must be at least 1; try"),
+        ({"num_requests": 10**12}, r"num_requests=1000000000000 must be at most 100,000,000"),
         ({"num_requests": None}, r"exactly one must be given"),
         ({"duration_s": 5.0}, r"exactly one must be given"),
         ({"stages": [Stage(rate_per_s=1, duration_s=1)]}, r"set rate_per_s, .* to null"),
