@@ -20,7 +20,7 @@ from hardware_models.schema import Node
 from scenarios.tables import console, grid
 from sim.costs.calibration_plan import BatchPlan, heldout_batches, training_batches
 from sim.costs.fitting import Measured, fit_iteration, jitter_quantiles
-from sim.files import whole_file
+from sim.files import claim_file
 from sim.provenance import commit, processor
 
 NODE_FOLDER = Path("~/.config/diptych/node")
@@ -90,20 +90,9 @@ def require_node_file(path: Path) -> None:
     Raises:
         ValueError: it is there and no node, or cannot be written.
     """
-    if path.is_dir():
-        raise ValueError(f"out={path} is a folder and must be a file; name one that ends in .yaml")
+    claim_file(path)
     if path.exists():
         read_node(path)
-    try:
-        with whole_file(path) as trial:
-            trial.write_bytes(path.read_bytes() if path.exists() else b"")
-            raise _OnlyATrial
-    except _OnlyATrial:
-        return
-    except OSError as error:
-        raise ValueError(
-            f"out={path} cannot be written ({error.strerror}); name another file"
-        ) from error
 
 
 def calibrate(weights: str, device: str, repeats: int, path: Path) -> Node:
@@ -225,10 +214,6 @@ def gpu_part(cuda_name: str) -> str:
             "node YAML of your own"
         )
     return CUDA_NAMES[name]
-
-
-class _OnlyATrial(Exception):
-    """Leaves a file as it was."""
 
 
 def show(node: Node, path: Path) -> None:

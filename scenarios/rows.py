@@ -64,20 +64,6 @@ def read(root: Path) -> list[Row]:
     return sorted(found, key=_order)
 
 
-def take(root: Path, before: str, name: str, identity: str) -> bool:
-    """Take over the row of an earlier sweep, if it is of this very point and without an error."""
-    path = root / before / FOLDER / name
-    if not path.exists():
-        return False
-    row = json.loads(path.read_text(encoding="utf-8"))
-    if row.get("identity") != identity or row["error"]:
-        return False
-    target = root / FOLDER / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    path.replace(target)
-    return True
-
-
 def write_tables(found: Sequence[Row], root: Path) -> None:
     """Write `sweep.csv` and `sweep.parquet`: choices, error, figures; one row a point."""
     import pyarrow as pa

@@ -1,14 +1,13 @@
 """`diptych run`: simulate a study, print its figures, save its result."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from scenarios import tables
 from scenarios.compose import Command, compose_study, parse
 from scenarios.saving import default_folder, save
 from scenarios.study import Save, Study
-from sim.api import check, run
+from sim.api import run
 from sim.result import Result, kind, require_result_folder
 from sim.scenario import Scenario
 
@@ -44,19 +43,13 @@ def simulate(scenario: Scenario, *, progress: bool = True) -> Result:
     """
     if not progress:
         return run(scenario)
-    results: list[Result] = []
     with tables.console(errors=True).status(f"{scenario.name}: reading the workload") as status:
-        check(scenario)
-        for place, seed in enumerate(scenario.seeds, 1):
-            status.update(f"{scenario.name}: seed {seed} ({place} of {len(scenario.seeds)})")
-            results.append(run(replace(scenario, seeds=[seed])))
-    return Result(
-        scenario=scenario,
-        traces=tuple(result.trace for result in results),
-        figures=tuple(result.figures[0] for result in results),
-        provenance=results[0].provenance,
-        cost_shares=_mean_shares(results),
-    )
+
+        def tell(seed: int) -> None:
+            place = f"{scenario.seeds.index(seed) + 1} of {len(scenario.seeds)}"
+            status.update(f"{scenario.name}: seed {seed} ({place})")
+
+        return run(scenario, tell)
 
 
 def show(result: Result) -> None:
@@ -95,11 +88,3 @@ def _ask_hydra(command: Command) -> int:
     from scenarios.sweep import hydra_main
 
     return hydra_main(command, [*command.flags, *command.overrides])
-
-
-def _mean_shares(results: Sequence[Result]) -> dict[str, float]:
-    sources = {source: 0.0 for result in results for source in result.cost_shares}
-    for result in results:
-        for source, share in result.cost_shares.items():
-            sources[source] += share / len(results)
-    return sources

@@ -106,7 +106,7 @@ def point(config: DictConfig) -> None:
     try:
         study = typed(config)
         row["identity"] = identity(study.scenario)
-        if study.resume and rows.take(root, sweep_folder.BEFORE, name, row["identity"]):
+        if study.resume and sweep_folder.take(root, name, row["identity"]):
             return
         from scenarios.run import simulate
 

@@ -1,5 +1,6 @@
 """The folder of a sweep: what an earlier one left is moved aside and lost only to a better one."""
 
+import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,7 +27,7 @@ def claim(out: Path) -> Path:
 
 
 def put_aside(root: Path, *, resume: bool) -> None:
-    """Move aside what an earlier sweep left; a resumed one takes over its rows, see `rows.take`.
+    """Move aside what an earlier sweep left; a resumed one takes over its rows, see `take`.
 
     A resumed sweep keeps the results of points where they are.
     """
@@ -36,6 +37,19 @@ def put_aside(root: Path, *, resume: bool) -> None:
         return
     shutil.rmtree(before, ignore_errors=True)
     _move(PARTS, root, before)
+
+
+def take(root: Path, name: str, identity: str) -> bool:
+    """Take over the row of an earlier sweep, if it is of this very point and without an error."""
+    path, target = root / BEFORE / rows.FOLDER / name, root / rows.FOLDER / name
+    if not path.exists():
+        return False
+    row = json.loads(path.read_text(encoding="utf-8"))
+    if row.get("identity") != identity or row["error"]:
+        return False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path.replace(target)
+    return True
 
 
 def restore(root: Path) -> None:

@@ -1,6 +1,7 @@
 """The plain Python door: `run(scenario) -> Result`, as notebooks use it."""
 
 import warnings
+from collections.abc import Callable
 
 from sim.cost_shares import cost_shares
 from sim.costs.fitted import Fitted
@@ -33,17 +34,24 @@ def check(scenario: Scenario) -> Setup:
     return setup
 
 
-def run(scenario: Scenario) -> Result:
+def run(scenario: Scenario, seed_begins: Callable[[int], None] = lambda _: None) -> Result:
     """Simulate a scenario, once a seed.
+
+    Args:
+        scenario: what to simulate.
+        seed_begins: told of each seed before its run, for those who show progress.
 
     Raises:
         ValueError: it cannot run; see `check`.
     """
     setup = check(scenario)
-    traces = tuple(_simulate(scenario, setup, seed) for seed in scenario.seeds)
+    traces: list[Trace] = []
+    for seed in scenario.seeds:
+        seed_begins(seed)
+        traces.append(_simulate(scenario, setup, seed))
     return Result(
         scenario=scenario,
-        traces=traces,
+        traces=tuple(traces),
         figures=tuple(summarise(scenario, setup, trace) for trace in traces),
         provenance=provenance(),
         cost_shares=cost_shares(setup.cost, traces),

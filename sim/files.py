@@ -13,6 +13,18 @@ BUILDING = ".diptych-"
 """What the name of everything begins with that is not complete yet."""
 
 
+def claim_file(path: Path) -> None:
+    """Refuse a file that could not be written in the end.
+
+    Raises:
+        ValueError: it is a folder, or cannot be written.
+    """
+    if path.is_dir():
+        raise ValueError(f"out={path} is a folder and must be a file; name a file below it")
+    with _refusing(path):
+        _try_to_make(path.resolve())
+
+
 def claim_folder(folder: Path, ours: Iterable[str], what: str) -> Path:
     """Where `folder` really is, if it may be made, or replaced because all in it is ours.
 
@@ -24,16 +36,22 @@ def claim_folder(folder: Path, ours: Iterable[str], what: str) -> Path:
     Raises:
         ValueError: it cannot be written, or holds something of somebody else's.
     """
-    try:
+    with _refusing(folder):
         place = folder.resolve()
         if place.exists():
             _require_ours(folder, place, list(ours), what)
         _try_to_make(place)
+    return place
+
+
+@contextmanager
+def _refusing(path: Path) -> Generator[None]:
+    try:
+        yield
     except OSError as error:
         raise ValueError(
-            f"out={folder} cannot be written ({error.strerror}); name another folder"
+            f"out={path} cannot be written ({error.strerror}); name another place"
         ) from error
-    return place
 
 
 def _require_ours(folder: Path, place: Path, ours: list[str], what: str) -> None:
@@ -63,7 +81,7 @@ def _matches(path: PurePath, patterns: list[str]) -> bool:
 
 
 def _try_to_make(place: Path) -> None:
-    """Raise what making the folder would raise, and leave nothing."""
+    """Raise what making something there would raise, and leave nothing."""
     there = next(path for path in place.parents if path.exists())
     trial = Path(tempfile.mkdtemp(prefix=BUILDING, dir=there))
     try:
@@ -79,6 +97,7 @@ def whole_folder(folder: Path) -> Generator[Path]:
 
     What had the name before is moved aside first and deleted last: a crash loses neither.
     """
+    folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=BUILDING, dir=folder.parent))
     aside = building.with_name(f"{building.name}-old")

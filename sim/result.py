@@ -126,8 +126,8 @@ class Result:
         Raises:
             ValueError: the folder holds something that is not a result.
         """
-        place = require_result_folder(folder)
-        with files.whole_folder(place) as building:
+        require_result_folder(folder)
+        with files.whole_folder(folder) as building:
             files.write_json(building / SUMMARY, self.as_json())
             if requests:
                 from sim.trace_files import write_columns
@@ -170,13 +170,13 @@ def kind(record: object) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(record).__name__).lower()
 
 
-def require_result_folder(folder: Path) -> Path:
-    """Where a result goes, if nothing but an earlier result is there.
+def require_result_folder(folder: Path) -> None:
+    """Refuse a folder where anything but an earlier result is.
 
     Raises:
         ValueError: it cannot be written, or the folder holds anything else.
     """
-    return files.claim_folder(folder, FILES, "result")
+    files.claim_folder(folder, FILES, "result")
 
 
 def plain(value: Any) -> Any:
