@@ -1,113 +1,181 @@
 """Seconds from datasheet numbers alone: each operator takes the longer of computing and moving.
 
-Williams, Waterman, Patterson, "Roofline" (CACM 2009). Operators run one after another; none of them
-overlaps another. An optimistic bound: real kernels reach a share of either peak.
+Operators run one after another; none of them overlaps another. What a kernel reaches of the peaks,
+and how work is cut into tiles, is `sim.costs.kernel_model`'s.
 """
 
-import numpy as np
-
-from sim.costs.base import SHORT_RUN
+from sim.costs.curve import Curve
+from sim.costs.kernel_model import KEYS_PER_SPLIT, TILE_ROWS, KernelModel
+from sim.costs.seconds import Seconds
 from sim.models.architecture import Architecture
-from sim.models.work import IterationShape, Operator, iteration_operators
+from sim.models.operators import layer_linears, lm_head
+from sim.models.work import IterationShape, Operator, expected_experts, iteration_operators
+
+CONTEXTS = tuple(2**power for power in range(21))
+"""Lengths of one context at which decode attention is computed; straight lines in between."""
+ELEMENTWISE_PER_LAYER = 5
+"""Two norms with their additions, the rotation, the write to the cache and the activation."""
 
 
-class Roofline:
-    """The cost of one model on one device."""
+SAMPLING_KERNELS = 4
+"""Widening, scaling, the largest logit, and its gathering."""
+
+
+class RooflineKernels:
+    """The kernels of one model, or of one rank's part of it, on one device."""
 
     def __init__(
-        self,
-        architecture: Architecture,
-        *,
-        flops_per_s: float,
-        bytes_per_s: float,
-        dtype_bytes: int,
-        kv_dtype_bytes: int,
-        overhead_s: float = 0.0,
-    ) -> None:
-        """Take a device's peaks.
+        self, architecture: Architecture, model: KernelModel, *,
+        dtype_bytes: int, kv_dtype_bytes: int,
+    ) -> None:  # fmt: skip
+        """Take a device.
 
         Args:
-            architecture: the model.
-            flops_per_s: peak of the matrix units in the model's type.
-            bytes_per_s: peak of the memory.
+            architecture: what the device holds.
+            model: its peaks and what kernels reach of them.
             dtype_bytes: bytes of an element of weights and activations.
             kv_dtype_bytes: bytes of an element of the KV cache.
-            overhead_s: what an engine adds to every iteration.
         """
         self.architecture = architecture
-        self.flops_per_s = flops_per_s
-        self.bytes_per_s = bytes_per_s
+        self.model = model
         self.dtype_bytes = dtype_bytes
         self.kv_dtype_bytes = kv_dtype_bytes
-        self.overhead_s = overhead_s
-        self._linears_s: dict[tuple[int, int], float] = {}
-        self._prefill = self._attention(decode=False)
-        self._decode = self._attention(decode=True)
+        self._linears = {one.name: one for one in layer_linears(architecture)}
+        self._chunk = self._probe(decode=False)
+        self._step = self._probe(decode=True)
 
-    def operator_s(self, operator: Operator) -> float:
-        """Seconds of all executions of one operator."""
-        moved = operator.bytes_read + operator.bytes_written
-        return operator.count * max(operator.flops / self.flops_per_s, moved / self.bytes_per_s)
+    def tokens(self, tokens: int) -> Seconds:
+        """Products, embedding and elementwise kernels."""
+        if not tokens:
+            return Seconds()
+        operators = self._operators(IterationShape(tokens, 0, 0, 1, 0, 0, 0))
+        seconds = self.elementwise_s(tokens) + sum(
+            self.product_s(operator, tokens)
+            for operator in operators
+            if not operator.name.startswith("attention")
+        )
+        return Seconds(datasheet=seconds)
 
-    def iteration_s(self, shape: IterationShape) -> float:
-        """Seconds of one iteration."""
-        seconds = self._linear_s(shape.prefill_tokens + shape.num_decodes, shape.sampled_tokens)
-        if shape.prefill_tokens:
-            pair_s, token_s, context_s = self._prefill
-            moving = shape.prefill_tokens * token_s + shape.prefill_context * context_s
-            seconds += max(shape.prefill_pairs * pair_s, moving)
+    def sampled(self, positions: int) -> Seconds:
+        """The lm_head; sampling itself reads the logits once."""
+        if not positions:
+            return Seconds()
+        (*_, head) = self._operators(IterationShape(1, 0, 0, 1, 0, 0, positions))
+        return Seconds(datasheet=self.product_s(head, positions) + self.sampling_s(positions))
+
+    def sampling_s(self, positions: int) -> float:
+        """Seconds of sampling: the logits are widened, then scanned for the largest."""
+        if self.model.fused:
+            return 0.0
+        logits_bytes = 4.0 * positions * self.architecture.vocab_size
+        return SAMPLING_KERNELS * self.model.elementwise_s(logits_bytes)
+
+    def prompt_attention(self, shape: IterationShape) -> Seconds:
+        """Chunks first, then the decoding requests."""
+        seconds = self.prompts_s(shape)
         if shape.num_decodes:
-            pair_s, token_s, context_s = self._decode
-            moving = shape.num_decodes * token_s + shape.decode_context * context_s
-            seconds += max(shape.decode_context * pair_s, moving)
-        return seconds
+            seconds += self.mixed_decode_s(shape.num_decodes, shape.decode_context)
+        return Seconds(datasheet=seconds)
 
-    def decode_run_s(self, num_decodes: int, decode_context: int, iterations: int) -> list[float]:
-        """Seconds of each iteration of a decode stretch."""
-        seconds = self._linear_s(num_decodes, num_decodes)
-        pair_s, token_s, context_s = self._decode
-        tokens_s = num_decodes * token_s
-        stop = decode_context + num_decodes * iterations
-        if iterations < SHORT_RUN:
-            return [
-                seconds + max(context * pair_s, tokens_s + context * context_s)
-                for context in range(decode_context, stop, num_decodes)
-            ]
-        contexts = np.arange(decode_context, stop, num_decodes)
-        return (seconds + np.maximum(contexts * pair_s, tokens_s + contexts * context_s)).tolist()
+    def prompts_s(self, shape: IterationShape) -> float:
+        """Seconds of attention of the chunks alone."""
+        token_bytes, context_bytes, pair_flops = self._chunk
+        context = shape.prefill_context / shape.num_prefills
+        rows = min(TILE_ROWS, shape.prefill_tokens / shape.num_prefills)
+        a = self.architecture
+        return a.num_layers * self.model.prompt_attention_s(
+            shape.prefill_pairs * pair_flops,
+            shape.prefill_tokens * token_bytes + shape.prefill_context * context_bytes,
+            longest_flops=rows * context * pair_flops / a.num_heads,
+        )
 
-    def _linear_s(self, tokens: int, sampled: int) -> float:
-        """Everything but attention, which depends on these two numbers only."""
-        key = (tokens, sampled)
-        if key not in self._linears_s:
-            shape = IterationShape(tokens, 0, 0, 1, 0, 0, sampled)
-            operators = self._operators(shape)
-            self._linears_s[key] = self.overhead_s + sum(
-                self.operator_s(op) for op in operators if not op.name.startswith("attention")
-            )
-        return self._linears_s[key]
+    def mixed_decode_s(self, num_decodes: int, context: float) -> float:
+        """Seconds of attention of decoding requests in one launch with prompt chunks.
 
-    def _attention(self, decode: bool) -> tuple[float, float, float]:
-        """Seconds for each query-key pair (computing), token and context token (moving).
+        The kernel then works in a prompt's tiles: a new token fills one row of a tile, for each
+        query head, or for each KV head where the kernel packs the queries that share one.
+        """
+        alone = self._decode_s(num_decodes, context)
+        if not self.model.sm_count:
+            return alone
+        a = self.architecture
+        rows = self.model.mixed_tile_rows
+        if self.model.packs_queries:
+            rows = rows * a.num_kv_heads / a.num_heads
+        padded = max(rows, 1.0) * context * self._step[2]
+        return max(alone, a.num_layers * self.model.padded_attention_s(padded))
 
-        Attention is linear in its shape, so three probes of the operator table give all three.
+    def decode_attention(self, num_decodes: int) -> Curve:
+        """Straight lines between powers of two, and through the point where computing takes over."""
+        knots = sorted({float(num_decodes * kv) for kv in CONTEXTS} | self._ridge(num_decodes))
+        values = [self._decode_s(num_decodes, knot) for knot in knots]
+        beyond = 2 * knots[-1]
+        slope = (self._decode_s(num_decodes, beyond) - values[-1]) / (beyond - knots[-1])
+        return Curve(knots, values, slope)
+
+    def decode_source(self, num_decodes: int, context: float) -> Seconds:
+        """All of it from the datasheet."""
+        return Seconds(datasheet=self._decode_s(num_decodes, context))
+
+    def product_s(self, operator: Operator, rows: int) -> float:
+        """Seconds of all executions of a matrix product, or of the embedding's lookup."""
+        moved = operator.bytes_read + operator.bytes_written
+        linear = self._linears.get(operator.name)
+        if operator.name == "lm_head":
+            linear = lm_head(self.architecture)
+        if linear is None:
+            return operator.count * (self.model.launch_s + self.model.moving_s(moved))
+        groups, each = 1.0, float(rows)
+        if linear.copies > 1:
+            groups = expected_experts(linear.copies, linear.used, rows)
+            each = rows * linear.used / groups
+        return operator.count * self.model.product_s(
+            each, linear.outputs, linear.inputs, moved, groups=groups
+        )
+
+    def elementwise_s(self, tokens: int) -> float:
+        """Seconds of norms, rotations, cache writes and activations of all layers."""
+        if self.model.fused:
+            return 0.0
+        a = self.architecture
+        width = a.intermediate_size or a.moe_intermediate_size * max(a.experts_per_token, 1)
+        elements = 8 * a.hidden_size + 2 * (a.query_size + 2 * a.kv_size) + 3 * width
+        moved = tokens * elements * self.dtype_bytes / ELEMENTWISE_PER_LAYER
+        return a.num_layers * ELEMENTWISE_PER_LAYER * self.model.elementwise_s(moved)
+
+    def _decode_s(self, num_decodes: int, context: float) -> float:
+        token_bytes, context_bytes, pair_flops = self._step
+        a = self.architecture
+        blocks = num_decodes * a.num_kv_heads * max(1.0, context / num_decodes / KEYS_PER_SPLIT)
+        return a.num_layers * self.model.decode_attention_s(
+            context * pair_flops,
+            num_decodes * token_bytes + context * context_bytes,
+            blocks=blocks,
+        )
+
+    def _ridge(self, num_decodes: int) -> set[float]:
+        """Where computing takes as long as moving, if it ever does."""
+        token_bytes, context_bytes, pair_flops = self._step
+        reached = self.model.flops_per_s * self.model.attention_share
+        gain = pair_flops / reached - self.model.moving_s(context_bytes)
+        ridge = num_decodes * self.model.moving_s(token_bytes) / gain if gain > 0 else 0.0
+        return {ridge} if ridge > num_decodes else set()
+
+    def _probe(self, *, decode: bool) -> tuple[float, float, int]:
+        """Bytes of a token, bytes of a context token and FLOPs of a pair, in one layer.
+
+        Attention is linear in its shape, so two probes of the operator table give all three.
         """
 
-        def probe(pairs: int, context: int) -> Operator:
-            shape = IterationShape(1, pairs, context, 1, 0, 0, 0)
+        def operator(context: int) -> Operator:
+            shape = IterationShape(1, context, context, 1, 0, 0, 0)
             if decode:
                 shape = IterationShape(0, 0, 0, 0, 1, context, 0)
             return next(op for op in self._operators(shape) if op.name.startswith("attention"))
 
-        none, one = probe(0, 0), probe(1, 1)
+        none, one = operator(0), operator(1)
         token_bytes = none.bytes_read + none.bytes_written
-        context_bytes = one.bytes_read + one.bytes_written - token_bytes
-        layers = one.count
-        return (
-            layers * one.flops / self.flops_per_s,
-            layers * token_bytes / self.bytes_per_s,
-            layers * context_bytes / self.bytes_per_s,
-        )
+        return token_bytes, one.bytes_read + one.bytes_written - token_bytes, one.flops
 
     def _operators(self, shape: IterationShape) -> list[Operator]:
         return iteration_operators(self.architecture, shape, self.dtype_bytes, self.kv_dtype_bytes)
