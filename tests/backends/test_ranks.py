@@ -94,11 +94,12 @@ def test_impossible_numbers_of_ranks_are_refused():
         require_ranks(have + 1, "cuda")
 
 
-TORCHRUN = """
+TORCHRUN = r"""
 import sys; sys.path.insert(0, "tests/backends")
 from rank_work import {work} as work
 from backends.ranks import run_under_torchrun
-print("returned", run_under_torchrun(work, {arguments}), flush=True)
+returned = run_under_torchrun(work, {arguments})
+sys.stdout.write(f"returned {{returned}}\n")
 """
 
 
