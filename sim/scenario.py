@@ -83,6 +83,10 @@ class Scenario:
     """The machine; exactly one of `node` and `gpu`."""
     gpu: Gpu | None = None
     """Short for a machine with one such GPU."""
+    tp_size: int = 1
+    """Ranks that share every layer of a replica (tensor parallel)."""
+    pp_size: int = 1
+    """Stages that share out the layers of a replica (pipeline parallel)."""
     cost: CostFamily = CostFamily.roofline
     """Where seconds come from."""
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -99,6 +103,9 @@ class Scenario:
     def __post_init__(self) -> None:
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={self.seeds} must be distinct and not negative; try [0, 1, 2]")
+        for name in ("tp_size", "pp_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not (self.warm_up >= 0 and self.drain >= 0 and self.warm_up + self.drain < 1):
             raise ValueError(
                 f"warm_up={self.warm_up} and drain={self.drain} must not be negative and leave "

@@ -9,6 +9,7 @@ from sim.costs.fitted import Fitted
 from sim.costs.roofline import Roofline
 from sim.engine import Engine, ReplicaLimits
 from sim.models.architecture import Architecture, load_architecture
+from sim.models.communication import require_parallel
 from sim.models.parameters import kv_bytes_per_token, weight_bytes
 from sim.scenario import CostFamily, Scenario
 from sim.units import human_bytes
@@ -36,6 +37,7 @@ def prepare(scenario: Scenario) -> Setup:
         ValueError: no hardware, a model that does not fit, or a cost that the hardware lacks.
     """
     architecture = load_architecture(scenario.model.config or scenario.model.name)
+    require_parallel(architecture, scenario.tp_size, scenario.pp_size)
     dtype = scenario.model.dtype
     kv_dtype = scenario.model.kv_dtype or dtype
     engine = scenario.engine

@@ -1,0 +1,132 @@
+"""A rank that dies, stops or never joins ends the run with its cause within ten seconds."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rank_work import lose, sum_of_ranks
+from torch import multiprocessing
+
+from backends import ranks
+from backends.ranks import require_ranks, run_ranks
+
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 10.0
+
+
+class Stopwatch:
+    """Seconds from the loss of a rank to the end of the run, start-up of the ranks left out."""
+
+    def __init__(self, monkeypatch):
+        self.started_s = None
+        listen = ranks._Supervisor._listen
+
+        def note(supervisor, codes):
+            if self.started_s is None and len(supervisor._beats) == supervisor._size:
+                self.started_s = time.monotonic()
+            return listen(supervisor, codes)
+
+        monkeypatch.setattr(ranks._Supervisor, "_listen", note)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "message"),
+    [
+        ("SIGKILL", ChildProcessError, "rank 1 of 3 was killed by SIGKILL"),
+        ("SIGSTOP", ChildProcessError, "rank 1 of 3 has not beaten for 6 s; it was stopped"),
+        ("leave", ChildProcessError, "rank 1 of 3 left with exit code 7"),
+        ("fail", ChildProcessError, "rank 1 of 3 failed with RuntimeError: out of luck"),
+        ("raise", ValueError, "tokens=-1 must not be negative"),
+    ],
+)
+def test_a_lost_rank_is_named_and_ends_the_run(how, kind, message, monkeypatch):
+    watch = Stopwatch(monkeypatch)
+    with pytest.raises(kind, match=message):
+        run_ranks(lose, 3, (1, how))
+    if watch.started_s is not None:  # None: it was lost before the launcher had heard them all
+        assert time.monotonic() - watch.started_s < LIMIT_S
+    assert multiprocessing.active_children() == []
+
+
+def sleep_instead_of_joining(rank, size):
+    raise AssertionError("rank 0 must wait for the others for ever")
+
+
+def test_a_rank_that_never_joins_is_named(monkeypatch):
+    """Its process is there, but it never gets as far as its first beat."""
+    start = ranks.start_processes
+
+    def start_and_stop_one(*arguments, **options):
+        import os
+        import signal
+
+        context = start(*arguments, **options)
+        os.kill(context.processes[1].pid, signal.SIGSTOP)
+        return context
+
+    monkeypatch.setattr(ranks, "start_processes", start_and_stop_one)
+    first_join_s = []
+    late = ranks._Supervisor._is_late
+
+    def note(supervisor, now_s):
+        if supervisor._first_join_s is not None:
+            first_join_s.append(supervisor._first_join_s)
+        return late(supervisor, now_s)
+
+    monkeypatch.setattr(ranks._Supervisor, "_is_late", note)
+    with pytest.raises(ChildProcessError, match="rank 1 of 2 never joined"):
+        run_ranks(sleep_instead_of_joining, 2)
+    assert time.monotonic() - first_join_s[0] < LIMIT_S + 1
+
+
+def test_what_ranks_return_comes_back_by_rank():
+    assert run_ranks(sum_of_ranks, 3) == [3.0, 3.0, 3.0]
+
+
+def test_impossible_numbers_of_ranks_are_refused():
+    with pytest.raises(ValueError, match="ranks=0 must be at least 1"):
+        run_ranks(sum_of_ranks, 0)
+    have = torch.cuda.device_count()
+    with pytest.raises(ValueError, match=f"need a GPU each, and torch sees {have}"):
+        require_ranks(have + 1, "cuda")
+
+
+TORCHRUN = r"""
+import sys; sys.path.insert(0, "tests/backends")
+from rank_work import {work} as work
+from backends.ranks import run_under_torchrun
+returned = run_under_torchrun(work, {arguments})
+sys.stdout.write(f"returned {{returned}}\n")
+"""
+
+
+def torchrun(tmp_path, work, arguments):
+    script = tmp_path / "script.py"
+    script.write_text(TORCHRUN.format(work=work, arguments=arguments))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*command, str(script)], cwd=ROOT, capture_output=True, text=True, check=False,
+        timeout=100, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+
+
+def test_torchrun_starts_the_same_work(tmp_path):
+    done = torchrun(tmp_path, "sum_of_ranks", ())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("returned 1.0") == 2
+
+
+def test_ranks_under_torchrun_watch_each_other(tmp_path):
+    done = torchrun(tmp_path, "stop_for_a_while", ())
+    assert done.returncode != 0
+    assert "rank 1 of 2 has not beaten for 6 s" in done.stderr
+
+
+def test_without_torchrun_the_missing_variables_are_named(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not in"):
+        ranks.run_under_torchrun(sum_of_ranks)
