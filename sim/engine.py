@@ -12,6 +12,8 @@ class ReplicaLimits(NamedTuple):
     max_num_batched_tokens: int
     block_size: int
     num_blocks: int
+    prefix_caching: bool = False
+    """Whether full prompt blocks stay cached and are shared."""
 
     def blocks_for(self, tokens: int) -> int:
         """KV blocks that hold `tokens` tokens of one request."""
@@ -30,6 +32,8 @@ class Engine:
     """Tokens of one iteration. A whole prompt above it runs alone where prompts are not cut."""
     block_size: int = 16
     """Tokens in a KV block."""
+    prefix_caching: bool = False
+    """Whether full blocks of prompts stay cached and are shared by requests with that prefix."""
     num_blocks: int | None = None
     """KV blocks of the pool. None: what weights and activations leave of the memory."""
     memory_utilization: float = 0.9

@@ -58,7 +58,11 @@ def prepare(scenario: Scenario) -> Setup:
             f"{_left(room)}; take a larger GPU, a smaller dtype or fewer blocks"
         )
     limits = ReplicaLimits(
-        engine.max_num_seqs, engine.max_num_batched_tokens, engine.block_size, num_blocks
+        engine.max_num_seqs,
+        engine.max_num_batched_tokens,
+        engine.block_size,
+        num_blocks,
+        engine.prefix_caching,
     )
     return Setup(
         architecture=architecture,

@@ -52,9 +52,7 @@ class Source:
         following = self._take(request_id + self._clients)
         if following is None:
             return None
-        _, think_s, prompt_tokens, output_tokens, most, hashes = following
-        arrival_s = finish_s + think_s
-        return Request(following[0], arrival_s, prompt_tokens, output_tokens, most, hashes)
+        return following._replace(arrival_s=finish_s + following.arrival_s)
 
     def _restart(self) -> None:
         self._stream = self._requests()
@@ -79,6 +77,7 @@ class Source:
             columns.output_tokens.tolist(),
             most.tolist(),
             repeat((), len(columns)) if columns.prefix_hashes is None else columns.prefix_hashes,
+            repeat(columns.hash_block_tokens, len(columns)),
             strict=True,
         )
         return map(Request._make, rows)
