@@ -87,7 +87,8 @@ def check_workload(scenario: Scenario, setup: Setup, seed: int) -> WorkloadTotal
         ValueError: it is empty, a trace line is broken, or a request exceeds context or KV pool.
     """
     pool_tokens = setup.limits.num_blocks * setup.limits.block_size
-    return check(scenario.workload, seed, min(setup.max_model_tokens, pool_tokens))
+    most = min(setup.max_model_tokens, pool_tokens)
+    return check(scenario.workload, seed, most, prefixes=setup.limits.prefix_caching)
 
 
 def _context(engine: Engine, architecture: Architecture) -> int:

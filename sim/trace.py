@@ -48,11 +48,13 @@ SPANS = {"start_s": "f", "end_s": "f", "flops": "f", "bytes": "f", "request": "i
 SPAN_NAMES = ("resource", "operation")
 DECISIONS = {
     "replica": "i", "instant_s": "f", "repeat": "i", "free_blocks": "i", "waiting": "i",
-    "context_tokens": "i", "cached_blocks": "i", "prefill_tokens": "i", "prefill_pairs": "i", "prefill_context": "i",
-    "num_prefills": "i", "num_decodes": "i", "decode_context": "i", "sampled_tokens": "i",
+    "context_tokens": "i", "cached_blocks": "i", "prefill_tokens": "i", "prefill_pairs": "i",
+    "prefill_context": "i", "num_prefills": "i", "num_decodes": "i", "decode_context": "i",
+    "sampled_tokens": "i",
 }  # fmt: skip
-"""`free_blocks`, `waiting`, `context_tokens` (KV that running requests see) and `cached_blocks` (free
-blocks that hold a cached prefix) were observed before the decision; the columns after them are the shape of its first iteration: see `IterationShape`."""
+"""`free_blocks`, `waiting`, `context_tokens` (KV that running requests see) and `cached_blocks`
+(free blocks that hold a cached prefix) were observed before the decision; the columns after them
+are the shape of its first iteration: see `IterationShape`."""
 RAGGED = (
     "admitted", "preempted", "reused", "reused_tokens", "prefilled", "prefilled_tokens", "joined",
     "left",

@@ -123,7 +123,8 @@ class PrefixCache:
         chain = self._chains[request_id]
         self._releases += 1
         self._changes += 1
-        left, free = chain.held, []
+        left = chain.held
+        free: list[Entry] = []
         for key in chain.keys if left else ():
             entry = self._first.get(key)
             while left and entry is not None:

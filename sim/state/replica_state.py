@@ -97,14 +97,10 @@ class ReplicaState:
             for request_id, seat in self._seats.items()
         ]
 
-    @property
-    def cached_blocks(self) -> int:
-        """Free blocks that hold a cached prefix."""
-        return self._prefixes.unheld if self._prefixes is not None else 0
-
     def observed(self) -> tuple[int, int, int, int]:
         """Free blocks, waiting requests, stored tokens, free blocks that hold a cached prefix."""
-        return self.free_blocks, len(self.waiting), self.context_tokens, self.cached_blocks
+        cached = 0 if self._prefixes is None else self._prefixes.unheld
+        return self.free_blocks, len(self.waiting), self.context_tokens, cached
 
     def cached_prefix(self, request: RequestView) -> CachedPrefix:
         """What of a waiting request's prompt is cached."""

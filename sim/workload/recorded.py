@@ -87,7 +87,7 @@ class Recorded(Workload):
             )
 
 
-def replayed(
+def replayed(  # noqa: PLR0913  the columns of a workload
     arrival_s: Numbers,
     prompt_tokens: Numbers,
     output_tokens: Numbers,

@@ -96,9 +96,8 @@ def prompts(draw: st.DrawFn) -> list[Request]:
         while parents[path[0]] >= 0:
             path.insert(0, parents[path[0]])
         least = (len(path) - 1) * size + 1
-        tokens = draw(
-            st.one_of(st.integers(least, len(path) * size), st.integers(least, least + 20))
-        )
+        most = draw(st.sampled_from([len(path) * size, least + 20]))
+        tokens = draw(st.integers(least, most))
         requests.append(Request(request_id, 0.0, tokens, 9, 99, tuple(path), size))
     return requests
 

@@ -1,4 +1,4 @@
-"""Laws of a replica that caches prefixes: nothing is lost, nothing is overdrawn, less is computed."""
+"""Laws of a replica that caches prefixes: nothing is lost or overdrawn, and less is computed."""
 
 from collections import Counter
 
