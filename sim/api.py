@@ -30,7 +30,14 @@ def check(scenario: Scenario) -> Setup:
     for text in _warnings(scenario, setup):
         warnings.warn(text, stacklevel=2)
     for seed in scenario.seeds:
-        check_workload(scenario, setup, seed)
+        totals = check_workload(scenario, setup, seed)
+        if setup.limits.prefix_caching and not totals.num_hashed:
+            warnings.warn(
+                "engine.prefix_caching=true has no effect on requests without prefix hashes but "
+                f"that pre-empted ones find their prompts, and {type(scenario.workload).__name__} "
+                "brings no others; take workload=conversations or workload=mooncake_trace",
+                stacklevel=2,
+            )
     return setup
 
 

@@ -4,7 +4,7 @@ A panel may log a standing decision as one row or as many: that is a matter of i
 rows are the longest possible ones, so two logs of the same decisions have equal canonical rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -21,6 +21,8 @@ class Observed(NamedTuple):
     waiting: int
     context_tokens: int
     """Tokens whose KV is stored, of all running requests."""
+    cached_blocks: int = 0
+    """Free blocks that hold a cached prefix."""
 
 
 class Decision(NamedTuple):
@@ -33,6 +35,8 @@ class Decision(NamedTuple):
     """Tokens that the iteration computes, by request. Rows of one stretch share the mapping."""
     observed: Observed | None
     """None within a stretch that its panel logged as one row: nobody looked."""
+    reused: tuple[tuple[int, int], ...] = ()
+    """(request, tokens): what the prefix cache spared the admitted requests."""
 
 
 def canonical(trace: Trace) -> Trace:
@@ -85,21 +89,25 @@ def expand(trace: Trace) -> list[Decision]:
     for index, repeat in enumerate(rows["repeat"]):
         _update(decoding, lists, index, rows["num_decodes"][index])
         tokens = dict(decoding) if rows["num_decodes"][index] else {}
-        tokens.update(
-            zip(lists["prefilled"].row(index), lists["prefilled_tokens"].row(index), strict=True)
-        )
+        tokens.update(_pairs(lists, "prefilled", index))
         decision = Decision(
             rows["instant_s"][index],
             tuple(lists["admitted"].row(index)),
             tuple(lists["preempted"].row(index)),
             tokens,
             Observed(*(rows[name][index] for name in Observed._fields)),
+            tuple(_pairs(lists, "reused", index)),
         )
         decisions.append(decision)
         for _ in range(repeat - 1):
             instant_s = starts_s[len(decisions)]
             decisions.append(decision._replace(instant_s=instant_s, observed=None))
     return decisions
+
+
+def _pairs(lists: Mapping[str, Ragged], name: str, index: int) -> Iterable[tuple[int, int]]:
+    """Requests of one list of a row, each with its tokens."""
+    return zip(lists[name].row(index), lists[f"{name}_tokens"].row(index), strict=True)
 
 
 def _update(

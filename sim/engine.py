@@ -16,6 +16,8 @@ class ReplicaLimits(NamedTuple):
     max_num_batched_tokens: int
     block_size: int
     num_blocks: int
+    prefix_caching: bool = False
+    """Whether full prompt blocks stay cached and are shared."""
 
     def blocks_for(self, tokens: int) -> int:
         """KV blocks that hold `tokens` tokens of one request."""
@@ -39,6 +41,8 @@ class Engine:
     None: as the engine chooses for the device."""
     block_size: int = 16
     """Tokens in a KV block."""
+    prefix_caching: bool = False
+    """Whether full blocks of prompts stay cached and are shared by requests with that prefix."""
     num_blocks: int | None = None
     """KV blocks of the pool. None: what weights and activations leave of the memory."""
     memory_utilization: float = 0.9

@@ -54,6 +54,12 @@ class Recorder:
         """A stay ended: a token at the end of `first_iteration`, then one in `count` decodes."""
         self._runs.extend((request_id, first_iteration, count))
 
+    def reused(self, request_id: int, tokens: int) -> None:
+        """The coming decision admits a request of whose prompt so many tokens are cached."""
+        if tokens:
+            self._append("reused", [request_id])
+            self._append("reused_tokens", [tokens])
+
     def passed(self, boundaries: Sequence[float]) -> None:
         """The iterations of the last decision, between `boundaries`, its instant first."""
         self._end.extend(boundaries[1:])
@@ -62,7 +68,7 @@ class Recorder:
         self,
         instant_s: float,
         repeat: int,
-        before: tuple[int, int, int],
+        before: tuple[int, int, int, int],
         shape: IterationShape,
         batch: Batch,
         joined: Sequence[int],
@@ -73,7 +79,8 @@ class Recorder:
         Args:
             instant_s: when it was taken.
             repeat: iterations that it stands for.
-            before: free blocks, waiting requests and stored tokens that the panel observed.
+            before: free blocks, waiting requests, stored tokens and cached free blocks that the
+                panel observed.
             shape: the work of its (first) iteration.
             batch: what the policy answered.
             joined: requests that decode since the decision before.

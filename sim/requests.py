@@ -2,6 +2,9 @@
 
 from typing import NamedTuple
 
+HASH_BLOCK_TOKENS = 512
+"""Prompt tokens behind one prefix hash, unless a workload says otherwise: Mooncake's."""
+
 
 class RequestView(NamedTuple):
     """What a policy may know of a waiting request. The final output length is not among it."""
@@ -14,10 +17,14 @@ class RequestView(NamedTuple):
     generated_tokens: int = 0
     """Tokens already answered. Above zero after a pre-emption by recomputation."""
     prefix_hashes: tuple[int, ...] = ()
+    """Chain hashes of the leading blocks of the prompt: two prompts with the same one are equal up
+    to its end. The last may stand for a block that the prompt fills in part."""
+    hash_block_tokens: int = HASH_BLOCK_TOKENS
+    """Prompt tokens that one of them stands for."""
 
     @property
     def prefill_tokens(self) -> int:
-        """Tokens to compute before the next token can be sampled."""
+        """Tokens before the next one can be sampled; what a prefix cache holds is in it."""
         return self.prompt_tokens + self.generated_tokens
 
 
@@ -41,6 +48,7 @@ class Request(NamedTuple):
     """Tokens that the answer will have. Hidden from every policy."""
     max_output_tokens: int
     prefix_hashes: tuple[int, ...] = ()
+    hash_block_tokens: int = HASH_BLOCK_TOKENS
 
     def view(self, generated_tokens: int = 0) -> RequestView:
         """The policy's view of this request after `generated_tokens` tokens of its answer."""
@@ -51,4 +59,5 @@ class Request(NamedTuple):
             self.max_output_tokens,
             generated_tokens,
             self.prefix_hashes,
+            self.hash_block_tokens,
         )

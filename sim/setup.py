@@ -60,7 +60,11 @@ def prepare(scenario: Scenario) -> Setup:
             f"{_left(room)}; take a larger GPU, a smaller dtype or fewer blocks"
         )
     limits = ReplicaLimits(
-        engine.max_num_seqs, engine.max_num_batched_tokens, engine.block_size, num_blocks
+        engine.max_num_seqs,
+        engine.max_num_batched_tokens,
+        engine.block_size,
+        num_blocks,
+        engine.prefix_caching,
     )
     return Setup(
         architecture=architecture,
@@ -85,7 +89,8 @@ def check_workload(scenario: Scenario, setup: Setup, seed: int) -> WorkloadTotal
         ValueError: it is empty, a trace line is broken, or a request exceeds context or KV pool.
     """
     pool_tokens = setup.limits.num_blocks * setup.limits.block_size
-    return check(scenario.workload, seed, min(setup.max_model_tokens, pool_tokens))
+    most = min(setup.max_model_tokens, pool_tokens)
+    return check(scenario.workload, seed, most, prefixes=setup.limits.prefix_caching)
 
 
 def _context(engine: Engine, architecture: Architecture) -> int:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 PREFILL, DECODE = 1, 2
 """Bits of an iteration's kind; both: a mixed iteration."""
@@ -48,13 +48,19 @@ SPANS = {"start_s": "f", "end_s": "f", "flops": "f", "bytes": "f", "request": "i
 SPAN_NAMES = ("resource", "operation")
 DECISIONS = {
     "replica": "i", "instant_s": "f", "repeat": "i", "free_blocks": "i", "waiting": "i",
-    "context_tokens": "i", "prefill_tokens": "i", "prefill_pairs": "i", "prefill_context": "i",
-    "num_prefills": "i", "num_decodes": "i", "decode_context": "i", "sampled_tokens": "i",
+    "context_tokens": "i", "cached_blocks": "i", "prefill_tokens": "i", "prefill_pairs": "i",
+    "prefill_context": "i", "num_prefills": "i", "num_decodes": "i", "decode_context": "i",
+    "sampled_tokens": "i",
 }  # fmt: skip
-"""`free_blocks`, `waiting` and `context_tokens` (KV stored) were observed before the decision; the
-columns after them are the shape of its first iteration: see `IterationShape`."""
-RAGGED = ("admitted", "preempted", "prefilled", "prefilled_tokens", "joined", "left")
-"""Lists of a decision. `joined` and `left`: changes of the set of decoding requests since the
+"""`free_blocks`, `waiting`, `context_tokens` (KV that running requests see) and `cached_blocks`
+(free blocks that hold a cached prefix) were observed before the decision; the columns after them
+are the shape of its first iteration: see `IterationShape`."""
+RAGGED = (
+    "admitted", "preempted", "reused", "reused_tokens", "prefilled", "prefilled_tokens", "joined",
+    "left",
+)  # fmt: skip
+"""Lists of a decision. `reused`: admitted requests of whose prompt so many tokens were cached; the
+others had none. `joined` and `left`: changes of the set of decoding requests since the
 decision before, from which the tokens of every request at every decision follow."""
 
 

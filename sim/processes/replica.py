@@ -115,7 +115,7 @@ class Replica:
     def _iterate(self, batch: Batch) -> float:
         """Apply and record a batch that is one iteration; returns its end."""
         state, now = self.state, self.environment.now
-        before = (state.free_blocks, len(state.waiting), state.context_tokens)
+        before = state.observed()
         try:
             shape = self._apply(batch)
         except ValueError as error:
@@ -135,7 +135,7 @@ class Replica:
         for seat, count in state.preempt(batch.preempt):
             self._ended(seat, count, State.preempted)
         for request_id in batch.admit:
-            state.admit(request_id)
+            self.recorder.reused(request_id, state.admit(request_id))
             self.recorder.event(request_id, now, State.admitted)
         shape = state.prefill(batch.prefill, state.num_decoding if batch.decode else 0)
         if not shape.tokens:
@@ -153,9 +153,8 @@ class Replica:
         if count < 1:
             raise ValueError(self._complaint("a decode takes more blocks than are free"))
         decodes = state.num_decoding
-        context = state.context_tokens
+        before = state.observed()
         read = state.decode_context + decodes
-        before = (state.free_blocks, len(state.waiting), context)
         self._boundaries = self.pace.decode_run(self.environment.now, decodes, read, count)
         count = len(self._boundaries) - 1
         self._log(count, before, decode_shape(decodes, read), DECODE)
@@ -187,7 +186,7 @@ class Replica:
         self.recorder.event(request_id, self.environment.now, state)
 
     def _log(
-        self, repeat: int, before: tuple[int, int, int], shape: IterationShape, batch: Batch
+        self, repeat: int, before: tuple[int, int, int, int], shape: IterationShape, batch: Batch
     ) -> None:
         now = self.environment.now
         self.recorder.decision(now, repeat, before, shape, batch, self._joined, self._left)

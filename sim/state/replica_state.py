@@ -11,6 +11,7 @@ from heapq import heappop, heappush
 from sim.engine import ReplicaLimits
 from sim.models.work import IterationShape
 from sim.requests import Request, RequestView, RunningView
+from sim.state.prefix_cache import NOTHING_CACHED, CachedPrefix, PrefixCache
 
 
 class Seat:
@@ -56,6 +57,7 @@ class ReplicaState:
         self._edges = [0] * limits.block_size
         """Decoding requests by the step, modulo the block size, at which they take a new block."""
         self._order = 0
+        self._prefixes = PrefixCache(limits.block_size) if limits.prefix_caching else None
 
     @property
     def num_running(self) -> int:
@@ -95,19 +97,43 @@ class ReplicaState:
             for request_id, seat in self._seats.items()
         ]
 
+    def observed(self) -> tuple[int, int, int, int]:
+        """Free blocks, waiting requests, stored tokens, free blocks that hold a cached prefix."""
+        cached = 0 if self._prefixes is None else self._prefixes.unheld
+        return self.free_blocks, len(self.waiting), self.context_tokens, cached
+
+    def cached_prefix(self, request: RequestView) -> CachedPrefix:
+        """What of a waiting request's prompt is cached."""
+        return NOTHING_CACHED if self._prefixes is None else self._prefixes.cached(request)
+
+    def given_up(self, request_ids: tuple[int, ...]) -> int:
+        """Blocks that become free when these running requests are pre-empted together."""
+        contexts = [self._context(self._seats[request_id]) for request_id in request_ids]
+        blocks = sum(map(self.limits.blocks_for, contexts))
+        if self._prefixes is not None and request_ids:
+            blocks -= self._prefixes.shared_blocks(request_ids)
+        return blocks
+
     def submit(self, request: Request) -> None:
         """Queue a request that has arrived."""
         self._requests[request.request_id] = request
         self.waiting.append(request.view())
 
-    def admit(self, request_id: int) -> None:
-        """Seat a waiting request."""
+    def admit(self, request_id: int) -> int:
+        """Seat a waiting request; returns the tokens of its prompt that the cache spares it."""
         waiting = self._take(request_id)
         request = self._requests[request_id]
         left = request.output_tokens - waiting.generated_tokens
         seat = Seat(request, waiting.prefill_tokens, left, self._order)
         self._order += 1
         self._seats[request_id] = self._prefilling[request_id] = seat
+        if self._prefixes is None:
+            return 0
+        found = self._prefixes.hold(waiting)
+        seat.context = found.tokens
+        seat.prefill_left -= found.tokens
+        self.free_blocks -= found.free_blocks
+        return found.tokens
 
     def preempt(self, request_ids: tuple[int, ...]) -> list[tuple[Seat, int]]:
         """Drop the KV of running requests and queue them first; returns seats and decode counts."""
@@ -145,6 +171,8 @@ class ReplicaState:
             total += tokens
             pairs += tokens * before + tokens * (tokens + 1) // 2
             context += after
+        if self._prefixes is not None:
+            self._prefixes.shrink(self.free_blocks)
         read = self.decode_context + num_decodes if num_decodes else 0
         sampled = num_decodes + completed
         return IterationShape(total, pairs, context, len(chunks), num_decodes, read, sampled)
@@ -154,6 +182,9 @@ class ReplicaState:
         joined: list[Seat] = []
         for request_id, _ in chunks:
             seat = self._seats[request_id]
+            if self._prefixes is not None:
+                copies, taken = self._prefixes.store(request_id, seat.context)
+                self.free_blocks += copies - taken
             if seat.prefill_left:
                 continue
             del self._prefilling[request_id]
@@ -198,6 +229,8 @@ class ReplicaState:
             taken += self._edges[step % size]
         self.free_blocks -= taken
         self.steps += iterations
+        if self._prefixes is not None:
+            self._prefixes.shrink(self.free_blocks)
 
     def finish(self) -> list[tuple[Seat, int]]:
         """Release the requests that have their last token; returns seats and decode counts."""
@@ -209,6 +242,8 @@ class ReplicaState:
                 done.append((seat, self.steps - seat.joined))
                 self._leave(seat)
                 del self._requests[seat.request.request_id]
+                if self._prefixes is not None:
+                    self._prefixes.forget(seat.request.request_id)
         return done
 
     def _context(self, seat: Seat) -> int:
@@ -217,6 +252,10 @@ class ReplicaState:
     def _leave(self, seat: Seat) -> None:
         request_id = seat.request.request_id
         self.free_blocks += self.limits.blocks_for(self._context(seat))
+        if self._prefixes is not None:
+            # What is cached is free only where no other request holds it.
+            self.free_blocks -= self._prefixes.held_blocks(request_id)
+            self.free_blocks += self._prefixes.release(request_id)
         del self._seats[request_id]
         if seat.joined < 0:
             del self._prefilling[request_id]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.requests import HASH_BLOCK_TOKENS
 from sim.workload.checks import require_count
 
 CHUNK_ROWS = 65_536
@@ -22,9 +23,11 @@ class RequestColumns:
     prompt_tokens: NDArray[np.int64]
     output_tokens: NDArray[np.int64]
     prefix_hashes: list[tuple[int, ...]] | None = None
-    """Ids of the leading prompt blocks where a trace gives them."""
+    """Chain hashes of the leading prompt blocks where they are known; see `RequestView`."""
     num_skipped: int = 0
     """Rows of a trace that were passed over among these because their request had failed."""
+    hash_block_tokens: int = HASH_BLOCK_TOKENS
+    """Prompt tokens that one prefix hash stands for."""
 
     def __len__(self) -> int:
         return len(self.arrival_s)

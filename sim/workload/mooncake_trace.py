@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
+from sim.requests import HASH_BLOCK_TOKENS
 from sim.workload.trace_lines import broken, json_rows, token_count
 from sim.workload.trace_replay import MAX_TICKS, TraceReplay, TraceRow
-
-HASH_BLOCK_TOKENS = 512
-"""Prompt tokens that one of the trace's hash ids stands for."""
 
 
 @dataclass(kw_only=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.requests import HASH_BLOCK_TOKENS
 from sim.workload.base import CHUNK_ROWS, RequestColumns, Workload
 from sim.workload.checks import require_count
 
@@ -23,7 +24,9 @@ class Recorded(Workload):
     output_tokens: list[int]
     """Length of each answer (tokens)."""
     prefix_hashes: list[list[int]] | None = None
-    """Ids of the leading prompt blocks of each request, where they are known."""
+    """Chain hashes of the leading prompt blocks of each request, where they are known."""
+    hash_block_tokens: int = HASH_BLOCK_TOKENS
+    """Prompt tokens that one of them stands for."""
     num_clients: int | None = None
     """Clients of a closed loop (request i belongs to client i modulo it); null in an open loop."""
 
@@ -31,6 +34,7 @@ class Recorded(Workload):
         """Refuses columns of unequal length and entries out of range."""
         super().__post_init__()
         require_count("num_clients", self.num_clients, 8)
+        require_count("hash_block_tokens", self.hash_block_tokens, HASH_BLOCK_TOKENS)
         num_requests = len(self.arrival_s)
         hashes = self.prefix_hashes if self.prefix_hashes is not None else self.arrival_s
         lengths = {num_requests, len(self.prompt_tokens), len(self.output_tokens), len(hashes)}
@@ -79,15 +83,17 @@ class Recorded(Workload):
                 np.array(self.prompt_tokens[rows], dtype=np.int64),
                 np.array(self.output_tokens[rows], dtype=np.int64),
                 None if hashes is None else [tuple(ids) for ids in hashes[rows]],
+                hash_block_tokens=self.hash_block_tokens,
             )
 
 
-def replayed(
+def replayed(  # noqa: PLR0913  the columns of a workload
     arrival_s: Numbers,
     prompt_tokens: Numbers,
     output_tokens: Numbers,
     *,
     prefix_hashes: Sequence[Sequence[int]] | None = None,
+    hash_block_tokens: int = HASH_BLOCK_TOKENS,
     num_clients: int | None = None,
     max_output_tokens: int | None = None,
 ) -> Recorded:
@@ -101,6 +107,7 @@ def replayed(
         prompt_tokens=np.asarray(prompt_tokens, dtype=np.int64).tolist(),
         output_tokens=np.asarray(output_tokens, dtype=np.int64).tolist(),
         prefix_hashes=None if prefix_hashes is None else [list(ids) for ids in prefix_hashes],
+        hash_block_tokens=hash_block_tokens,
         num_clients=num_clients,
         max_output_tokens=max_output_tokens,
     )

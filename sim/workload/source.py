@@ -52,9 +52,7 @@ class Source:
         following = self._take(request_id + self._clients)
         if following is None:
             return None
-        _, think_s, prompt_tokens, output_tokens, most, hashes = following
-        arrival_s = finish_s + think_s
-        return Request(following[0], arrival_s, prompt_tokens, output_tokens, most, hashes)
+        return following._replace(arrival_s=finish_s + following.arrival_s)
 
     def _restart(self) -> None:
         self._stream = self._requests()
@@ -79,6 +77,7 @@ class Source:
             columns.output_tokens.tolist(),
             most.tolist(),
             repeat((), len(columns)) if columns.prefix_hashes is None else columns.prefix_hashes,
+            repeat(columns.hash_block_tokens, len(columns)),
             strict=True,
         )
         return map(Request._make, rows)
@@ -105,20 +104,27 @@ class WorkloadTotals(NamedTuple):
     """Failed requests of a trace that were passed over."""
     last_arrival_s: float
     """Arrival of the last request; not a number in a closed loop, where the run decides it."""
+    num_hashed: int = 0
+    """Requests with prefix hashes."""
 
 
-def check(workload: Workload, seed: int, max_request_tokens: int) -> WorkloadTotals:
+def check(
+    workload: Workload, seed: int, max_request_tokens: int, *, prefixes: bool = False
+) -> WorkloadTotals:
     """Reads a workload once before a run, and says what it adds up to.
 
     Args:
         workload: what the run will serve.
         seed: the scenario's seed.
         max_request_tokens: prompt and answer together at most, from the model's context and memory.
+        prefixes: whether its prefix hashes will be used, so that they must be chain hashes.
 
     Raises:
-        ValueError: it is empty, a line of its trace is broken, or a request can never fit.
+        ValueError: it is empty, a line of its trace is broken, a request can never fit, or a prefix
+            hash follows two different ones.
     """
-    num_requests = prompt_tokens = output_tokens = num_skipped = 0
+    num_requests = prompt_tokens = output_tokens = num_skipped = num_hashed = 0
+    parents: dict[int, int | None] = {}
     last_s = 0.0
     for columns in workload.columns(seed):
         num_skipped += columns.num_skipped
@@ -126,6 +132,10 @@ def check(workload: Workload, seed: int, max_request_tokens: int) -> WorkloadTot
             continue
         _check_rows(columns, num_requests, max_request_tokens)
         _check_times(columns, num_requests, last_s if workload.clients is None else None)
+        if columns.prefix_hashes is not None:
+            num_hashed += sum(map(bool, columns.prefix_hashes))
+            if prefixes:
+                _check_chains(columns.prefix_hashes, num_requests, parents)
         last_s = float(columns.arrival_s[-1])
         num_requests += len(columns)
         prompt_tokens += int(columns.prompt_tokens.sum())
@@ -135,7 +145,25 @@ def check(workload: Workload, seed: int, max_request_tokens: int) -> WorkloadTot
             f"{workload} brings 0 requests and must bring at least 1; raise its rate or duration"
         )
     last_s = float("nan") if workload.clients is not None else last_s
-    return WorkloadTotals(num_requests, prompt_tokens, output_tokens, num_skipped, last_s)
+    return WorkloadTotals(
+        num_requests, prompt_tokens, output_tokens, num_skipped, last_s, num_hashed
+    )
+
+
+def _check_chains(
+    prompts: list[tuple[int, ...]], start: int, parents: dict[int, int | None]
+) -> None:
+    """Refuse a hash that stands for two prefixes: it would let requests share what differs."""
+    for at, hashes in enumerate(prompts):
+        parent: int | None = None
+        for one in hashes:
+            if parents.setdefault(one, parent) != parent:
+                raise ValueError(
+                    f"request {start + at} has prefix hash {one} after {parent}, and another has "
+                    f"it after {parents[one]}; a hash must stand for all tokens up to the end of "
+                    "its block: chain the hashes, or set engine.prefix_caching=false"
+                )
+            parent = one
 
 
 def _check_rows(columns: RequestColumns, start: int, max_request_tokens: int) -> None:

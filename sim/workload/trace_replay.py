@@ -79,7 +79,7 @@ class TraceReplay(Workload, ABC):
                 _cut([row.prompt_tokens for row in served], self.max_input_tokens),
                 _cut([row.output_tokens for row in served], self.max_output_tokens),
                 hashes if any(hashes) else None,
-                len(chunk) - len(served),
+                num_skipped=len(chunk) - len(served),
             )
         if first is None:
             raise broken(self.path, 1, "no request follows and one must", "fetch the file again")

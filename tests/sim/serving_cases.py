@@ -121,8 +121,21 @@ class Case(NamedTuple):
 
 
 @st.composite
-def cases(draw: st.DrawFn, *, max_requests: int = 12, closed: bool | None = None) -> Case:
-    """Small random loads on a KV pool that holds any one request and little more."""
+def cases(
+    draw: st.DrawFn,
+    *,
+    max_requests: int = 12,
+    closed: bool | None = None,
+    prefixes: bool | None = False,
+) -> Case:
+    """Small random loads on a KV pool that holds any one request and little more.
+
+    Args:
+        draw: Hypothesis's.
+        max_requests: at most.
+        closed: whether clients wait for their answers; None: either.
+        prefixes: whether prompts share prefixes and the replica caches them; None: either.
+    """
     cost = draw(st.sampled_from(COSTS))
     step_s = cost.step_s if isinstance(cost, Grid) else 0.05
     count = draw(st.integers(1, max_requests))
@@ -132,13 +145,29 @@ def cases(draw: st.DrawFn, *, max_requests: int = 12, closed: bool | None = None
     loop = draw(st.booleans()) if closed is None else closed
     clients = draw(st.integers(1, 5)) if loop else None
     waits = steps if loop else np.cumsum(steps).tolist()
+    shared = draw(st.booleans()) if prefixes is None else prefixes
+    size = draw(st.sampled_from([4, 8, 3])) if shared else 512
     workload = Recorded(
         arrival_s=[step_s * wait for wait in waits],
         prompt_tokens=prompts,
         output_tokens=outputs,
+        prefix_hashes=[draw(prefix(tokens, size)) for tokens in prompts] if shared else None,
+        hash_block_tokens=size,
         num_clients=clients,
     )
-    return Case(workload, draw(tight_limits(prompts, outputs)), cost)
+    limits = draw(tight_limits(prompts, outputs))
+    return Case(workload, limits._replace(prefix_caching=shared), cost)
+
+
+@st.composite
+def prefix(draw: st.DrawFn, prompt_tokens: int, size: int) -> list[int]:
+    """Chain hashes of the blocks of a prompt, or of some: two families that part at random."""
+    most = -(-prompt_tokens // size)
+    path, one = [], 1
+    for _ in range(draw(st.integers(0, most))):
+        one = 2 * one + draw(st.sampled_from([0, 0, 0, 1]))
+        path.append(one)
+    return path
 
 
 @st.composite

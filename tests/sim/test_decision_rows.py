@@ -59,7 +59,7 @@ def test_decoded_tokens_of_single_decisions_are_those_of_the_requests(case: Case
 
 def test_a_run_written_by_hand() -> None:
     decisions = expand(run_case(TWO, Continuous(watermark=0.0)))
-    assert [tuple(decision) for decision in decisions] == [
+    assert [tuple(decision[:5]) for decision in decisions] == [
         (0.0, (0, 1), (), {0: 4, 1: 4}, Observed(99, 2, 0)),
         (1.0, (), (), {0: 1, 1: 1}, Observed(97, 0, 8)),
         (1.5, (), (), {0: 1, 1: 1}, None),

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from sim.engine import ReplicaLimits
 from sim.policies.base import Policy
 from sim.requests import RequestView, RunningView
+from sim.state.prefix_cache import CachedPrefix
 
 
 class ReplicaView(Protocol):
@@ -41,7 +42,7 @@ class ReplicaView(Protocol):
 
     @property
     def free_blocks(self) -> int:
-        """KV blocks that nobody holds."""
+        """KV blocks that nobody holds. Those with a cached prefix are among them."""
         ...
 
     @property
@@ -51,6 +52,18 @@ class ReplicaView(Protocol):
 
     def running(self) -> Sequence[RunningView]:
         """All running requests in order of admission. Costs time in proportion to their number."""
+        ...
+
+    def cached_prefix(self, request: RequestView) -> CachedPrefix:
+        """What of a waiting request's prompt is cached; nothing without prefix caching.
+
+        Admitted, the request holds these blocks and computes the tokens after them only. Two that
+        are admitted at once and find the same free blocks take them once: adding both up is safe.
+        """
+        ...
+
+    def given_up(self, request_ids: tuple[int, ...]) -> int:
+        """Blocks that become free when these running requests are pre-empted together."""
         ...
 
 
@@ -141,8 +154,9 @@ def whole_prompts(view: ReplicaView, reserved_blocks: int = 0) -> Batch:
     budget = limits.max_num_batched_tokens
     chosen: list[tuple[int, int]] = []
     for request in view.waiting:
-        tokens = request.prefill_tokens
-        blocks -= limits.blocks_for(tokens)
+        cached = view.cached_prefix(request)
+        tokens = request.prefill_tokens - cached.tokens
+        blocks -= limits.blocks_for(tokens) + cached.free_blocks
         if len(chosen) == seats or blocks < 0 or (tokens > budget and chosen):
             break
         chosen.append((request.request_id, tokens))
@@ -160,13 +174,12 @@ def preempt_last(view: ReplicaView) -> tuple[int, ...]:
     short = view.decode_blocks - view.free_blocks
     if short <= 0:
         return ()
-    limits = view.limits
-    victims: list[int] = []
+    block_size = view.limits.block_size
+    victims: tuple[int, ...] = ()
     for request in reversed(view.running()):
-        victims.append(request.request_id)
-        short -= limits.blocks_for(request.context_tokens)
-        if not request.prefill_left and request.context_tokens % limits.block_size == 0:
+        victims = (request.request_id, *victims)
+        if not request.prefill_left and request.context_tokens % block_size == 0:
             short -= 1
-        if short <= 0:
+        if view.given_up(victims) >= short:
             break
-    return tuple(reversed(victims))
+    return victims

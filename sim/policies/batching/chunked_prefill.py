@@ -81,11 +81,14 @@ class ChunkedPrefill(Batching):
         for request in view.waiting:
             if len(admit) >= seats:
                 break
-            fresh = RunningView(request.request_id, 0, request.prefill_tokens)
-            tokens, taken = _chunk(fresh, budget, blocks, limits.block_size)
+            cached = view.cached_prefix(request)
+            left = request.prefill_tokens - cached.tokens
+            fresh = RunningView(request.request_id, cached.tokens, left)
+            room = blocks - cached.free_blocks
+            tokens, taken = _chunk(fresh, budget, room, limits.block_size)
             if not tokens:
                 break
-            budget, blocks = budget - tokens, blocks - taken
+            budget, blocks = budget - tokens, room - taken
             admit.append(request.request_id)
             prefill.append((request.request_id, tokens))
         return Batch(tuple(admit), victims, tuple(prefill), decodes > 0)
@@ -101,8 +104,8 @@ def _remaining(
     stay = [request for request in view.running() if request.request_id not in victims]
     prefilling = [request for request in stay if request.prefill_left]
     edges = sum(not r.prefill_left and r.context_tokens % block_size == 0 for r in stay)
-    held = sum(view.limits.blocks_for(request.context_tokens) for request in stay)
-    return prefilling, len(stay) - len(prefilling), view.limits.num_blocks - held - edges
+    free = view.free_blocks + view.given_up(victims)
+    return prefilling, len(stay) - len(prefilling), free - edges
 
 
 def _chunk(request: RunningView, budget: int, free_blocks: int, block_size: int) -> tuple[int, int]:

@@ -30,7 +30,7 @@ def test_recorded_columns_out_of_range_are_refused(columns: list[list], message:
 
 def test_check_adds_up_the_workload() -> None:
     totals = check(replayed([0.0, 2.0], [10, 20], [3, 4]), 0, 24)
-    assert totals == (2, 30, 7, 0, 2.0)
+    assert totals == (2, 30, 7, 0, 2.0, 0)
 
 
 def test_check_names_the_request_that_cannot_fit() -> None:
