@@ -18,13 +18,16 @@ class GpuPeak:
     flops_per_s: dict[str, float]
     """Dense rate by dtype, without sparsity, accumulating in fp32 (int32 for int8), FLOP/s."""
     memory_bytes: int
-    """Device memory, nominal, bytes; cards with ECC in GDDR6 expose one sixteenth less."""
+    """Device memory, nominal, bytes."""
     memory_bandwidth_bytes_per_s: float
     """Device memory bandwidth, bytes/s."""
     l2_bytes: int | None = None
     """Last-level cache, bytes; None where not published."""
     sm_count: int | None = None
     """Streaming multiprocessors (no unit); None where not published."""
+    inline_ecc: bool = False
+    """Error correction is kept in the memory itself, as GDDR6 cards of data centres do: one
+    sixteenth less is left."""
     source: str
     """Datasheet or whitepaper, with its revision."""
 
@@ -78,6 +81,14 @@ class Gpu:
     """GPU whose measured tables stand in for this one's; None when it has its own or needs none."""
     proxy_rule: str | None = None
     """How the proxy's seconds become this GPU's, in words."""
+
+    @property
+    def usable_memory_bytes(self) -> int:
+        """Memory that a process can allocate, bytes: measured, else nominal less ECC."""
+        if self.measured is not None and self.measured.usable_memory_bytes is not None:
+            return self.measured.usable_memory_bytes
+        nominal = self.peak.memory_bytes
+        return nominal * 15 // 16 if self.peak.inline_ecc else nominal
 
     def __post_init__(self) -> None:
         require_text(self, "name", "architecture", "proxy_of", "proxy_rule")

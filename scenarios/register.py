@@ -5,7 +5,7 @@ that they land in. Nothing is instantiated by name: the types say it all.
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from omegaconf import MISSING, OmegaConf
 
 from scenarios.study import Study
 from sim.engine import Engine
+from sim.engine_profiles import ENGINES
 from sim.models.architecture import known_architectures
 from sim.policies.registry import families, policies, workloads
 from sim.scenario import Model, Policies
@@ -60,7 +61,8 @@ def register(folders: Sequence[Path] = ()) -> None:
         store.store(group="workload", name=name, node=kind)
     for name in known_architectures():
         store.store(group="model", name=name, node=Model(name=name))
-    store.store(group="engine", name="diptych", node=Engine)
+    for name, engine in ENGINES.items():
+        store.store(group="engine", name=name, node=_profile(engine), package="_global_")
     store.store(name=RECORD, node=_study())
     store.store(name=SCHEMA, node={"defaults": defaults()})
 
@@ -72,9 +74,18 @@ def defaults() -> list[Any]:
         {f"policy/{family}": _name_of(family, type(getattr(chosen, family)))}
         for family in (field.name for field in fields(Policies))
     ]
-    groups = {"model": Model().name, "engine": "diptych", "workload": "default"}
-    parts = {"node": None, "gpu": None}
-    return [RECORD, *({k: v} for k, v in {**groups, **parts}.items()), *rules, "_self_"]
+    groups = {"model": Model().name, "workload": "default", "node": None, "gpu": None}
+    # The engine comes after the policies, one of which it may choose.
+    chosen = [*({k: v} for k, v in groups.items()), *rules, {"engine": Engine().name}]
+    return [RECORD, *chosen, "_self_"]
+
+
+def _profile(engine: Engine) -> dict[str, Any]:
+    """An engine's fields, and the policy that it starts with unless the command line says other."""
+    chosen: list[Any] = ["_self_"]
+    if engine.default_batching is not None:
+        chosen = [{"override /policy/batching": engine.default_batching}, *chosen]
+    return {"defaults": chosen, "engine": asdict(engine)}
 
 
 def _name_of(family: str, kind: type[object]) -> str:

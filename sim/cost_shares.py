@@ -6,13 +6,45 @@ import numpy as np
 
 from sim.costs.base import IterationCost
 from sim.costs.fitted import Fitted
+from sim.costs.kernel_cost import KernelCost
+from sim.costs.seconds import NOTHING
+from sim.models.work import IterationShape
 from sim.trace import Trace
+
+NAMES = {
+    "measured": "measured points",
+    "interpolated": "interpolated",
+    "extrapolated": "extrapolated",
+    "datasheet": "datasheet roofline",
+}
+"""What results call the parts of `Seconds`."""
 
 
 def cost_shares(cost: IterationCost, traces: Sequence[Trace]) -> dict[str, float]:
     """Share of the busy time of all traces by where its seconds come from."""
-    if not isinstance(cost, Fitted):
-        return {"datasheet roofline": 1.0}
+    if isinstance(cost, Fitted):
+        return _fitted_shares(cost, traces)
+    if isinstance(cost, KernelCost):
+        return _kernel_shares(cost, traces)
+    return {NAMES["datasheet"]: 1.0}
+
+
+def _kernel_shares(cost: KernelCost, traces: Sequence[Trace]) -> dict[str, float]:
+    """Parts without a share are left out. A decode stretch is judged by its middle iteration."""
+    spent = NOTHING
+    for trace in traces:
+        decisions = trace.decisions
+        repeat = decisions["repeat"]
+        columns = [decisions[field].tolist() for field in IterationShape._fields]
+        for count, *fields in zip(repeat.tolist(), *columns, strict=True):
+            shape = IterationShape(*fields)
+            middle = shape.decode_context + shape.num_decodes * (count - 1) // 2
+            spent = spent.plus(cost.sources(shape._replace(decode_context=middle)).times(count))
+    parts = zip(spent._fields, spent, strict=True)
+    return {NAMES[name]: part / spent.total for name, part in parts if part}
+
+
+def _fitted_shares(cost: Fitted, traces: Sequence[Trace]) -> dict[str, float]:
     spent = beyond = 0.0
     for trace in traces:
         start_s, end_s = trace.iterations["start_s"], trace.iterations["end_s"]

@@ -4,10 +4,6 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import NamedTuple
 
-from hardware_models.schema import Gpu
-
-GIB = 2**30
-
 
 class ReplicaLimits(NamedTuple):
     """The limits that bind every batching policy, settled before a run."""
@@ -30,6 +26,8 @@ class Engine:
 
     name: str = "diptych"
     """The engine that is modelled; shown in results."""
+    default_batching: str | None = None
+    """The batching policy that it starts with; null: that of the study."""
     framework: str = "vllm"
     """Serving framework whose kernels `cost=profiled` reads the measurements of."""
     framework_version: str | None = None
@@ -83,47 +81,6 @@ class Engine:
                 raise ValueError(f"engine.{field}={value} must not be negative; give bytes")
         if self.max_num_seqs is not None and self.max_num_batched_tokens is not None:
             require_room_for_all(self.max_num_seqs, self.max_num_batched_tokens)
-
-
-VLLM_V1 = Engine(
-    name="vllm_v1",
-    max_num_seqs=None,
-    max_num_batched_tokens=None,
-    # What the GPU waits for between two iterations although the next one is scheduled ahead: the
-    # copies of inputs and of sampled tokens, the launches around the CUDA graph.
-    # `benchmarks/real_requests.py` says how it was found and what another value would give.
-    iteration_overhead_s=6e-4,
-    # Peak of a dummy sampling step, vLLM 0.11 on H100: 4.76 GiB for 1,024 sequences of 128,256
-    # words, 5.56 and 5.64 GiB for 151,936 words ("vLLM Empirical Memory Profiling Results").
-    logit_bytes=38.7,
-    # Non-torch memory in the same table: 0.13 GiB on one rank, 0.54 GiB on two.
-    reserved_bytes=139586437,
-    rank_reserved_bytes=440234148,
-)
-"""vLLM's second engine (0.11 to 0.19): prompts in chunks, decodes first; what a server starts with."""
-
-ENGINES = {"diptych": Engine(), "vllm_v1": VLLM_V1}
-"""Every engine profile by its name on the command line."""
-
-
-def batch_limits(engine: Engine, gpu: Gpu | None) -> tuple[int, int]:
-    """(`max_num_seqs`, `max_num_batched_tokens`), those left open as vLLM's server sets them.
-
-    It takes 1,024 sequences and 8,192 tokens on devices of 70 GiB and more, but for the A100, and
-    256 and 2,048 on others (`EngineArgs.get_batch_defaults`).
-
-    Raises:
-        ValueError: one limit was given and the other one does not fit it.
-    """
-    large = (
-        gpu is not None
-        and gpu.peak.memory_bytes >= 70 * GIB
-        and not gpu.name.lower().startswith("a100")
-    )
-    sequences = engine.max_num_seqs or (1024 if large else 256)
-    tokens = engine.max_num_batched_tokens or (8192 if large else 2048)
-    require_room_for_all(sequences, tokens)
-    return sequences, tokens
 
 
 def require_room_for_all(max_num_seqs: int, max_num_batched_tokens: int) -> None:

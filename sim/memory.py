@@ -27,9 +27,7 @@ def device_of(node: Node | None, gpu: Gpu | None) -> Device:
     """
     gpu = gpu or (node.gpu if node else None)
     if gpu is not None:
-        return Device(
-            gpu.name, gpu, gpu.usable_memory_bytes, gpu.peak.memory_bandwidth_bytes_per_s
-        )
+        return Device(gpu.name, gpu, gpu.usable_memory_bytes, gpu.peak.memory_bandwidth_bytes_per_s)
     if node is None:
         raise ValueError(
             "neither node nor gpu is given and one is needed; try node=a100_80g_x1 or gpu=a100_80g "
@@ -47,7 +45,7 @@ def device_of(node: Node | None, gpu: Gpu | None) -> Device:
 class MemoryNeed:
     """Bytes of one rank of a replica, without its KV."""
 
-    weights: int
+    weights: float
     activations: float
     sampling: float
     reserved: int

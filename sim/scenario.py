@@ -35,6 +35,8 @@ class CostFamily(Enum):
 
     roofline = "roofline"
     """Datasheet peaks."""
+    profiled = "profiled"
+    """Measured kernels: NVIDIA's tables, or those of `cost_tables`."""
     fitted = "fitted"
     """Coefficients that `diptych calibrate` measured for this model on this node."""
 
@@ -53,6 +55,11 @@ class Model:
     """Weights and activations."""
     kv_dtype: Dtype | None = None
     """KV cache; null: as `dtype`."""
+
+    @property
+    def cache_dtype(self) -> Dtype:
+        """Of the KV cache."""
+        return self.kv_dtype or self.dtype
 
 
 @dataclass(kw_only=True)
@@ -89,6 +96,9 @@ class Scenario:
     """Stages that share out the layers of a replica (pipeline parallel)."""
     cost: CostFamily = CostFamily.roofline
     """Where seconds come from."""
+    cost_tables: str | None = None
+    """Folder of measured layers for `cost=profiled` (formats of LLMServingSim and of Vidur); null:
+    NVIDIA's tables in the installed package aiconfigurator-core."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """One run each; several give intervals."""
     slo: Slo = field(default_factory=Slo)

@@ -48,6 +48,4 @@ class Curve:
         contexts = np.arange(first, stop, step)
         pieces = np.searchsorted(self.knots, contexts, side="right")
         starts, values, slopes = map(np.array, (self._starts, self._values, self._slopes))
-        return (
-            fixed_s + (values[pieces] + (contexts - starts[pieces]) * slopes[pieces])
-        ).tolist()
+        return (fixed_s + (values[pieces] + (contexts - starts[pieces]) * slopes[pieces])).tolist()

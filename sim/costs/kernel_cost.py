@@ -1,4 +1,4 @@
-"""The cost of an iteration whose kernels run one after another, wherever their seconds come from."""
+"""The cost of an iteration whose kernels run one after another, whoever knows their seconds."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -82,9 +82,7 @@ class KernelCost:
         if shape.prefill_tokens:
             return seconds.plus(self.kernels.prompt_attention(shape))
         if shape.num_decodes:
-            return seconds.plus(
-                self.kernels.decode_source(shape.num_decodes, shape.decode_context)
-            )
+            return seconds.plus(self.kernels.decode_source(shape.num_decodes, shape.decode_context))
         return seconds
 
     def _parts(self, tokens: int, sampled: int) -> Seconds:

@@ -26,7 +26,7 @@ L2_SPEEDUP = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelModel:
-    """Peaks of a device and the shares of them that kernels reach. `ideal` is the plain roofline."""
+    """Peaks of a device and the shares of them that kernels reach; `ideal`: all of them."""
 
     flops_per_s: float
     bytes_per_s: float

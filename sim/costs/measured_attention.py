@@ -93,9 +93,7 @@ def _prompts(batch: float, tokens: float) -> IterationShape:
     return IterationShape.of([(int(tokens), 0)] * int(batch), (), 0)
 
 
-def _one_layer(
-    heads: Architecture, model: KernelModel, like: RooflineKernels
-) -> RooflineKernels:
+def _one_layer(heads: Architecture, model: KernelModel, like: RooflineKernels) -> RooflineKernels:
     single = replace(heads, num_layers=1, sparse_layers=heads.sparse_layers and (0,))
     return RooflineKernels(
         single, model, dtype_bytes=like.dtype_bytes, kv_dtype_bytes=like.kv_dtype_bytes

@@ -36,7 +36,10 @@ class MeasuredProducts:
         self.dtype_bytes = dtype_bytes
         self.floor_bytes_per_s = floor_bytes_per_s
         kept = _around(measured, shapes)
-        self.table: Table = table([*point, self._ratio(*point, seconds)] for *point, seconds in kept)
+        self.table: Table = table(
+            (columns, depth, rows, self._ratio(columns, depth, rows, seconds))
+            for columns, depth, rows, seconds in kept
+        )
 
     def product(self, columns: int, depth: int, rows: float) -> Seconds:
         """Seconds of (rows x depth) times (depth x columns)."""

@@ -106,7 +106,7 @@ class RooflineKernels:
         return max(alone, a.num_layers * self.model.padded_attention_s(padded))
 
     def decode_attention(self, num_decodes: int) -> Curve:
-        """Straight lines between powers of two, and through the point where computing takes over."""
+        """Straight lines between powers of two, and through where computing takes over."""
         knots = sorted({float(num_decodes * kv) for kv in CONTEXTS} | self._ridge(num_decodes))
         values = [self._decode_s(num_decodes, knot) for knot in knots]
         beyond = 2 * knots[-1]

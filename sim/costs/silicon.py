@@ -1,8 +1,8 @@
 """NVIDIA's measured operator tables, read from the installed package `aiconfigurator-core`.
 
-One Parquet file an operator, by GPU, serving framework and version. Only the rows that a model needs
-are kept. Latencies are in milliseconds. Where several kernels measured the same point, the fastest
-counts: an engine chooses its backend by measuring.
+One Parquet file an operator, by GPU, serving framework and version. Latencies are in milliseconds.
+Where several kernels measured the same point, the fastest counts: an engine chooses its backend by
+measuring.
 """
 
 import re
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,9 +134,9 @@ def fastest(columns: Columns, axes: Sequence[str]) -> NDArray[np.float64]:
 @lru_cache(maxsize=16)
 def _read(path: Path) -> Columns:
     # Here and not above: runs without tables need no Parquet.
-    from pyarrow import parquet
+    from pyarrow import parquet  # pyright: ignore[reportMissingTypeStubs]
 
-    table: Any = parquet.read_table(path)
+    table: Any = cast(Any, parquet).read_table(path)
     return {name: table[name].to_numpy() for name in table.column_names}
 
 

@@ -52,9 +52,7 @@ class SiliconKernels:
         self.attention = MeasuredAttention(
             prompts, decodes, self.roofline, floor_bytes_per_s=floor, measured_as=heads
         )
-        products = fastest(
-            tables.rows("gemm", "gemm", gemm_dtype=measured_type), ("n", "k", "m")
-        )
+        products = fastest(tables.rows("gemm", "gemm", gemm_dtype=measured_type), ("n", "k", "m"))
         plain = [one for one in layer_linears(architecture) if one.copies == 1]
         self._plain = plain
         shapes = {(one.outputs, one.inputs) for one in (*plain, lm_head(architecture))}

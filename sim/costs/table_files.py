@@ -99,7 +99,9 @@ def _vidur(folder: Path, tp_size: int) -> LayerTables:
     mine = ranks == tp_size
     if not mine.any():
         known = ", ".join(map(str, sorted(set(ranks.tolist()))))
-        raise ValueError(f"tp_size={tp_size} was not measured in {folder}; there is tp_size {known}")
+        raise ValueError(
+            f"tp_size={tp_size} was not measured in {folder}; there is tp_size {known}"
+        )
     tokens = mlp["num_tokens"].astype(float)[mine]
     per_layer = sum(_stat(mlp, name)[mine] * (2 if name == "add" else 1) for name in PER_LAYER)
     once = _stat(mlp, "emb")[mine]
@@ -155,7 +157,7 @@ def _csv(folder: Path, name: str, needed: tuple[str, ...]) -> dict[str, NDArray[
     if path is None:
         raise ValueError(f"{folder} lacks {name}.csv; profile it, or name another folder")
     # Here and not above: a run without tables need not wait for pandas.
-    import pandas as pd
+    import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
 
     try:
         frame: Any = pd.read_csv(path)

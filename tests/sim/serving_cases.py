@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from hardware_models.calibration import FittedIteration
 from sim.costs.base import IterationCost, decode_shape
 from sim.costs.fitted import Fitted
-from sim.costs.roofline import Roofline
+from sim.costs.kernel_cost import KernelCost
+from sim.costs.kernel_model import KernelModel
+from sim.costs.roofline import RooflineKernels
 from sim.engine import ReplicaLimits
 from sim.models.architecture import load_architecture
 from sim.models.work import IterationShape
@@ -77,14 +79,23 @@ class PromptSeconds:
         return [self.decode_s] * iterations
 
 
-def tiny_roofline(flops_per_s: float = 1e11, bytes_per_s: float = 3e9) -> Roofline:
-    return Roofline(
-        load_architecture("tiny_llama"),
-        flops_per_s=flops_per_s,
-        bytes_per_s=bytes_per_s,
+def ideal_roofline(
+    model: str, *, flops_per_s: float, bytes_per_s: float, kv_dtype_bytes: int = 2,
+    overhead_s: float = 0.0,
+) -> KernelCost:  # fmt: skip
+    """Peaks that every kernel reaches: what closed forms speak of."""
+    kernels = RooflineKernels(
+        load_architecture(model),
+        KernelModel.ideal(flops_per_s, bytes_per_s),
         dtype_bytes=2,
-        kv_dtype_bytes=2,
-        overhead_s=1e-4,
+        kv_dtype_bytes=kv_dtype_bytes,
+    )
+    return KernelCost(kernels, overhead_s)
+
+
+def tiny_roofline(flops_per_s: float = 1e11, bytes_per_s: float = 3e9) -> KernelCost:
+    return ideal_roofline(
+        "tiny_llama", flops_per_s=flops_per_s, bytes_per_s=bytes_per_s, overhead_s=1e-4
     )
 
 

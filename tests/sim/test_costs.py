@@ -6,22 +6,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving_cases import tiny_fit, tiny_roofline
+from serving_cases import ideal_roofline, tiny_fit, tiny_roofline
 
 from sim.costs.base import IterationCost, decode_shape
 from sim.costs.fitted import Fitted, interpolate
-from sim.costs.roofline import Roofline
+from sim.costs.kernel_model import KernelModel
+from sim.costs.roofline import RooflineKernels
 from sim.models.architecture import known_architectures, load_architecture
 from sim.models.work import IterationShape, iteration_operators
 from sim.processes.pace import Costed
 
-LLAMA = Roofline(
-    load_architecture("llama_3_8b"),
-    flops_per_s=312e12,
-    bytes_per_s=2.039e12,
-    dtype_bytes=2,
-    kv_dtype_bytes=1,
-)
+LLAMA = ideal_roofline("llama_3_8b", flops_per_s=312e12, bytes_per_s=2.039e12, kv_dtype_bytes=1)
 COSTS = {"tiny": tiny_roofline(), "llama": LLAMA, "fitted": tiny_fit()}
 EVERY_COST = pytest.mark.parametrize("name", COSTS)
 BATCH = (st.integers(1, 64), st.integers(1, 4096))
@@ -90,10 +85,15 @@ def test_one_matrix_product_takes_the_longer_of_computing_and_moving() -> None:
     flops = 2 * rows * inner * hidden
     moved = 2 * (rows * inner + inner * hidden + rows * hidden)
     layers = architecture.num_layers
-    slow_math = tiny_roofline(flops_per_s=1e9, bytes_per_s=1e15)
-    assert slow_math.operator_s(down) == pytest.approx(layers * flops / 1e9, rel=1e-12)
-    slow_memory = tiny_roofline(flops_per_s=1e18, bytes_per_s=1e9)
-    assert slow_memory.operator_s(down) == pytest.approx(layers * moved / 1e9, rel=1e-12)
+    slow_math = KernelModel.ideal(1e9, 1e15)
+    assert kernels(slow_math).product_s(down, 100) == pytest.approx(layers * flops / 1e9, rel=1e-12)
+    slow_memory = KernelModel.ideal(1e18, 1e9)
+    moving_s = kernels(slow_memory).product_s(down, 100)
+    assert moving_s == pytest.approx(layers * moved / 1e9, rel=1e-12)
+
+
+def kernels(model: KernelModel) -> RooflineKernels:
+    return RooflineKernels(load_architecture("tiny_llama"), model, dtype_bytes=2, kv_dtype_bytes=2)
 
 
 @pytest.mark.parametrize("model", known_architectures())
@@ -106,16 +106,13 @@ def test_one_matrix_product_takes_the_longer_of_computing_and_moving() -> None:
 def test_an_iteration_takes_the_sum_of_its_operators_and_the_overhead(
     model: str, shape: IterationShape
 ) -> None:
-    cost = Roofline(
-        load_architecture(model),
-        flops_per_s=3e12,
-        bytes_per_s=2e11,
-        dtype_bytes=2,
-        kv_dtype_bytes=2,
-        overhead_s=0.125,
-    )
-    operators = iteration_operators(cost.architecture, shape, 2, 2)
-    total_s = sum(map(cost.operator_s, operators)) + 0.125
+    flops_per_s, bytes_per_s = 3e12, 2e11
+    cost = ideal_roofline(model, flops_per_s=flops_per_s, bytes_per_s=bytes_per_s, overhead_s=0.125)
+    total_s = 0.125
+    for operator in iteration_operators(load_architecture(model), shape, 2, 2):
+        moved = operator.bytes_read + operator.bytes_written
+        longer_s = max(operator.flops / flops_per_s, moved / bytes_per_s)
+        total_s += operator.count * longer_s
     assert cost.iteration_s(shape) == pytest.approx(total_s, rel=1e-9)
 
 

@@ -29,6 +29,10 @@ class ChunkedPrefill(Batching):
 
     chunk_tokens: int | None = None
     """Token budget of an iteration that cuts prompts; null: `engine.max_num_batched_tokens`."""
+    whole_prompt: bool = True
+    """Admit a request only when the free blocks hold all of its prompt, not just its first chunk
+    (vLLM from 0.19 on: `scheduler_reserve_full_isl`). Without it, requests whose prompts do not fit
+    together keep pre-empting each other."""
 
     def __post_init__(self) -> None:
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
@@ -85,6 +89,8 @@ class ChunkedPrefill(Batching):
             left = request.prefill_tokens - cached.tokens
             fresh = RunningView(request.request_id, cached.tokens, left)
             room = blocks - cached.free_blocks
+            if self.whole_prompt and _blocks(fresh, left, limits.block_size) > room:
+                break
             tokens, taken = _chunk(fresh, budget, room, limits.block_size)
             if not tokens:
                 break
@@ -113,4 +119,10 @@ def _chunk(request: RunningView, budget: int, free_blocks: int, block_size: int)
     held = -(-request.context_tokens // block_size)
     room = (held + max(free_blocks, 0)) * block_size - request.context_tokens
     tokens = max(min(request.prefill_left, budget, room), 0)
-    return tokens, -(-(request.context_tokens + tokens) // block_size) - held
+    return tokens, _blocks(request, tokens, block_size)
+
+
+def _blocks(request: RunningView, tokens: int, block_size: int) -> int:
+    """New blocks that so many more tokens of a request take."""
+    held = -(-request.context_tokens // block_size)
+    return -(-(request.context_tokens + tokens) // block_size) - held

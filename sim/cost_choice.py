@@ -1,0 +1,104 @@
+"""Which cost a scenario asks for, made for one rank of its replica. Refuses what cannot answer."""
+
+from pathlib import Path
+
+from hardware_models.schema import Gpu
+from sim.costs.base import IterationCost
+from sim.costs.fitted import Fitted
+from sim.costs.kernel_cost import KernelCost, Kernels
+from sim.costs.kernel_model import KernelModel
+from sim.costs.layer_tables import LayerKernels
+from sim.costs.proxy import Proxied
+from sim.costs.roofline import RooflineKernels
+from sim.costs.silicon import open_tables
+from sim.costs.silicon_kernels import SiliconKernels
+from sim.costs.table_files import read_tables
+from sim.memory import Device
+from sim.models.architecture import Architecture
+from sim.models.parallel import tensor_part
+from sim.scenario import CostFamily, Scenario
+
+
+def cost_of(scenario: Scenario, architecture: Architecture, device: Device) -> IterationCost:
+    """The cost of an iteration of the scenario's replica.
+
+    Raises:
+        ValueError: the hardware, the tables or the calibration lack what is asked for.
+    """
+    if scenario.cost_tables is not None and scenario.cost is not CostFamily.profiled:
+        raise ValueError(
+            f"cost_tables={scenario.cost_tables} has no effect with cost={scenario.cost.value}; "
+            "take cost=profiled, or cost_tables=null"
+        )
+    if scenario.cost is CostFamily.fitted:
+        return _fitted(scenario, device)
+    rank = tensor_part(architecture, scenario.tp_size)
+    roofline = _roofline(scenario, rank, device)
+    kernels: Kernels = roofline
+    if scenario.cost is CostFamily.profiled:
+        kernels = _profiled(scenario, rank, device, roofline)
+    return KernelCost(kernels, scenario.engine.iteration_overhead_s)
+
+
+def _roofline(scenario: Scenario, rank: Architecture, device: Device) -> RooflineKernels:
+    dtype = scenario.model.dtype
+    return RooflineKernels(
+        rank,
+        KernelModel.of(device.part, device.bytes_per_s, dtype.value),
+        dtype_bytes=dtype.num_bytes,
+        kv_dtype_bytes=scenario.model.cache_dtype.num_bytes,
+    )
+
+
+def _profiled(
+    scenario: Scenario, rank: Architecture, device: Device, roofline: RooflineKernels
+) -> Kernels:
+    if scenario.cost_tables is not None:
+        tables = read_tables(Path(scenario.cost_tables).expanduser(), scenario.tp_size)
+        return LayerKernels(tables, roofline)
+    gpu = device.part
+    if not isinstance(gpu, Gpu):
+        raise ValueError(
+            f"cost=profiled has no tables of {device.name}, which has no GPU; take cost=fitted "
+            "after `diptych calibrate`, cost=roofline, or cost_tables=FOLDER with your own"
+        )
+    engine = scenario.engine
+    measured = gpu if gpu.proxy_of is None else _load(gpu.proxy_of)
+    tables = open_tables(measured.name, engine.framework, engine.framework_version)
+    dtype = scenario.model.dtype.value
+    peak = measured.peak.memory_bandwidth_bytes_per_s
+    kernels = SiliconKernels(
+        tables,
+        rank,
+        KernelModel.of(measured, peak, dtype),
+        dtype=dtype,
+        kv_dtype=scenario.model.cache_dtype.value,
+        tp_size=scenario.tp_size,
+    )
+    if measured is gpu:
+        return kernels
+    return Proxied(kernels, kernels.roofline, roofline)
+
+
+def _load(name: str) -> Gpu:
+    # Here and not above: only proxies are looked up by name.
+    from hardware_models.parts import load_gpu
+
+    return load_gpu(name)
+
+
+def _fitted(scenario: Scenario, device: Device) -> IterationCost:
+    node = scenario.node
+    fits = node.calibration.models if node is not None and node.calibration else {}
+    if scenario.model.name not in fits:
+        raise ValueError(
+            f"cost=fitted needs a calibration of model {scenario.model.name} on {device.name}; "
+            f"there is one of: {', '.join(fits) or 'none'}; run `diptych calibrate` and take "
+            "node=this_machine, or take cost=roofline"
+        )
+    fit, dtype = fits[scenario.model.name], scenario.model.dtype.value
+    if fit.dtype != dtype:
+        raise ValueError(
+            f"model.dtype={dtype} was not calibrated, {fit.dtype} was; take model.dtype={fit.dtype}"
+        )
+    return Fitted(fit)
