@@ -5,6 +5,7 @@ PagedAttention: Kwon et al., 2023.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -13,20 +14,23 @@ from torch import Tensor
 from backends.corruption import Corruption
 from backends.kernels.paged import KvCache
 from backends.kv_layout import empty_blocks
+from backends.prefix_cache import PrefixIndex
 from sim.models.architecture import Architecture
 
-__all__ = ["FREE", "Corruption", "PagedKVCache"]
+__all__ = ["CACHED", "FREE", "Corruption", "PagedKVCache"]
 
 FREE = -1
 """Owner of a block that nobody holds; also the slot of a token that is not written."""
+CACHED = -2
+"""Owner of a block with a cached prefix, however many requests hold it."""
 
 
 class PagedKVCache:
     """Keys and values of every layer in blocks, and the allocator of those blocks.
 
-    What is free, owned or written is read off `owner` and `written`; the tables kept beside them
-    only remember the order of a request's blocks. Both lie on the CPU, where decisions are made,
-    whatever the device of the keys and values.
+    What is free, owned, held or written is read off `owner`, `holders` and `written`; the tables
+    kept beside them only remember the order of a request's blocks. They lie on the CPU, where
+    decisions are made, whatever the device of the keys and values.
     """
 
     def __init__(
@@ -48,22 +52,32 @@ class PagedKVCache:
         """Per layer key and value [num_blocks, block_size, num_kv_heads, head_dim]"""
         self.num_blocks, self.block_size = num_blocks, block_size
         self.owner = torch.full((num_blocks,), FREE, dtype=torch.int64)
-        """int64 [num_blocks], the request that holds each block, or FREE"""
+        """int64 [num_blocks], the request whose tokens each block holds, or FREE or CACHED"""
+        self.holders = torch.zeros(num_blocks, dtype=torch.int64)
+        """int64 [num_blocks], how many requests hold each block"""
         self.written = torch.zeros(num_blocks, block_size, dtype=torch.bool)
         """bool [num_blocks, block_size], the slots whose token a request has stored"""
         self.corrupt: Corruption | None = None
         self.written_tokens = self.read_tokens = self.freed_tokens = 0
+        self.prefixes = PrefixIndex()
         self._tables: dict[int, list[int]] = {}
+        self._stored: dict[int, int] = {}
+        """Leading blocks of a request that are cached."""
         self._num_frees = 0
 
     @property
     def free_blocks(self) -> int:
-        """Blocks that nobody owns, counted from `owner`."""
-        return int((self.owner == FREE).sum())
+        """Blocks that nobody holds, counted from `holders`."""
+        return int((self.holders == 0).sum())
+
+    @property
+    def cached_blocks(self) -> int:
+        """Of the free blocks, those with a cached prefix, counted from `owner`."""
+        return int(((self.owner == CACHED) & (self.holders == 0)).sum())
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens stored in blocks that somebody owns, counted from `written`."""
+        """Tokens stored in any block, counted from `written`."""
         return int(self.written.sum())
 
     @property
@@ -106,14 +120,55 @@ class PagedKVCache:
         wanted = self.blocks_needed(request_id, tokens)
         if not wanted:
             return
-        free = (self.owner == FREE).nonzero()[:wanted, 0]
-        if len(free) < wanted:
+        if wanted > self.free_blocks:
             raise ValueError(
                 f"request {request_id} needs {wanted} more blocks for {tokens} tokens, but "
-                f"free_blocks={len(free)} of {self.num_blocks}; free a request first"
+                f"free_blocks={self.free_blocks} of {self.num_blocks}; free a request first"
             )
+        free = (self.owner == FREE).nonzero()[:wanted, 0]
+        while len(free) < wanted and (block := self.prefixes.evict()) is not None:
+            self._empty([block])
+            free = (self.owner == FREE).nonzero()[:wanted, 0]
         self.owner[free] = request_id
+        self.holders[free] += 1
         self._tables.setdefault(request_id, []).extend(free.tolist())
+
+    def hold(self, request_id: int, blocks: Sequence[int]) -> None:
+        """Begin a request with blocks that are cached, in the order of its tokens."""
+        self._tables[request_id] = list(blocks)
+        self._stored[request_id] = len(blocks)
+        for block in blocks:
+            self._take(block)
+
+    def store(self, request_id: int, hashes: Sequence[bytes], tokens: int) -> None:
+        """Cache the prompt blocks that are full now that so many tokens are computed.
+
+        Where another block is cached under the same hash, the request holds that one from now on
+        and gives up its copy.
+
+        Args:
+            request_id: who computed them.
+            hashes: of all whole blocks of its prompt.
+            tokens: computed so far.
+        """
+        table = self._table(request_id)
+        first, full = self._stored.get(request_id, 0), min(tokens // self.block_size, len(hashes))
+        for at in range(first, full):
+            known = self.prefixes.find(hashes[at : at + 1])
+            if known:
+                self._take(known[0])
+                copy, table[at] = table[at], known[0]
+                self.holders[copy] -= 1
+                self._empty([copy])
+            else:
+                self.prefixes.name(table[at], hashes[at])
+                self.owner[table[at]] = CACHED
+        self._stored[request_id] = max(first, full)
+
+    def flush(self) -> None:
+        """Give up every cached block that nobody holds."""
+        while (block := self.prefixes.evict()) is not None:
+            self._empty([block])
 
     def free(self, request_id: int) -> None:
         """Give all blocks of a request back.
@@ -123,12 +178,33 @@ class PagedKVCache:
         """
         table = self._table(request_id)
         del self._tables[request_id]
+        self._stored.pop(request_id, None)
         self._num_frees += 1
         if self.corrupt == Corruption(kind="skip_free", index=self._num_frees - 1):
             return
-        self.freed_tokens += int(self.written[table].sum())
-        self.written[table] = False
-        self.owner[table] = FREE
+        cached = (self.owner[table] == CACHED).tolist()
+        self.holders[table] -= 1
+        for block, is_cached in zip(reversed(table), reversed(cached), strict=True):
+            if is_cached and not self.holders[block]:
+                self.prefixes.released(block)
+        self._empty([block for block, kept in zip(table, cached, strict=True) if not kept])
+
+    def _take(self, block: int) -> None:
+        self.holders[block] += 1
+        self.prefixes.taken(block)
+
+    def _empty(self, blocks: list[int]) -> None:
+        """What these blocks hold is gone, and they may hold anything."""
+        self.freed_tokens += int(self.written[blocks].sum())
+        self.written[blocks] = False
+        self.owner[blocks] = FREE
+
+    def given_up(self, request_ids: Sequence[int]) -> int:
+        """Blocks that nobody would hold any more if these requests were freed together."""
+        tables = [self._tables.get(request_id, []) for request_id in request_ids]
+        listed = Counter(block for table in tables for block in table)
+        held = self.holders[list(listed)].tolist() if listed else []
+        return sum(count == most for count, most in zip(listed.values(), held, strict=True))
 
     def stored_tokens(self, request_id: int) -> int:
         """Tokens of a request that are in the cache, counted from `written`."""
@@ -181,15 +257,22 @@ class PagedKVCache:
         self.read_tokens += int(context_lengths.sum())
 
     def check(self) -> None:
-        """Assert that tables and tensors agree: what a table lists is owned, once, by its request.
+        """Assert that tables and tensors agree: a block is held by the requests that list it.
 
-        Blocks owned by a request without a table are a leak, and asserted against as well.
+        A block that is not cached is listed once, by its owner. Blocks owned by a request without a
+        table are a leak, and asserted against as well.
         """
         listed = [(block, request) for request, table in self._tables.items() for block in table]
-        assert len({block for block, _ in listed}) == len(listed), "a block is in two tables"
-        assert all(int(self.owner[block]) == request for block, request in listed)
-        owned = int((self.owner != FREE).sum())
-        assert owned == len(listed), f"{owned - len(listed)} blocks are owned by no live request"
+        counts = torch.bincount(
+            torch.tensor([block for block, _ in listed], dtype=torch.int64),
+            minlength=self.num_blocks,
+        )
+        own = [(block, request) for block, request in listed if int(self.owner[block]) != CACHED]
+        assert len({block for block, _ in own}) == len(own), "a block is in two tables"
+        assert all(int(self.owner[block]) == request for block, request in own)
+        owned = int((self.owner >= 0).sum())
+        assert owned == len(own), f"{owned - len(own)} blocks are owned by no live request"
+        assert torch.equal(counts, self.holders), "a block is held by another number of requests"
         assert not bool(self.written[self.owner == FREE].any()), "a free block holds tokens"
 
     def _table(self, request_id: int) -> list[int]:

@@ -15,6 +15,7 @@ from backends.batch_checks import check_prefill, check_room, require_running, wa
 from backends.forward_batch import Chunk, ForwardBatch
 from backends.kv_cache import PagedKVCache
 from backends.observed import ObservedView, Sequence
+from backends.prefix_cache import block_hashes
 from backends.sampling import Sampler
 from backends.transformer import Transformer
 from sim.engine import ReplicaLimits
@@ -22,6 +23,7 @@ from sim.models.work import IterationShape
 from sim.policies.batching.base import Batch, Batching
 from sim.recorder import Recorder
 from sim.requests import Request, RequestView, RunningView
+from sim.state.prefix_cache import NOTHING_CACHED, CachedPrefix
 from sim.trace import State, Trace
 from sim.workload.source import Source
 
@@ -101,7 +103,10 @@ class Replica:
     def submit(self, request: Request) -> None:
         """Queue a request that has arrived."""
         self.recorder.arrived(request)
-        self._known[request.request_id] = Sequence(request, list(self.prompts(request)))
+        sequence = Sequence(request, list(self.prompts(request)))
+        if self.limits.prefix_caching:
+            sequence.hashes = block_hashes(sequence.tokens, self.limits.block_size)
+        self._known[request.request_id] = sequence
         self.waiting.append(request.view())
 
     def seat(self, sequence: Sequence) -> None:
@@ -122,8 +127,8 @@ class Replica:
             arrivals: told of finished requests, whose clients may issue the next.
         """
         view = self.observe()
-        context_tokens = self.cache.cached_tokens
-        waiting = len(self.waiting)
+        context_tokens = sum(seat.context_tokens for seat in view.seats)
+        before = (view.free_blocks, len(self.waiting), context_tokens, self.cache.cached_blocks)
         batch = self.batching.next_batch(self._memory, view)
         if not (batch.prefill or batch.preempt or batch.admit) and not (
             batch.decode and view.num_decoding
@@ -134,7 +139,6 @@ class Replica:
             chunks, shape = self._chunks(batch)
         except ValueError as error:
             raise ValueError(self._complaint(now_s, f"{batch}: {error}")) from error
-        before = (view.free_blocks, waiting, context_tokens)
         self._log(now_s, before, shape, batch)
         tokens = self._compute(chunks)
         end_s = time.perf_counter() - start
@@ -154,7 +158,22 @@ class Replica:
             )
             for request_id, sequence in self._seated.items()
         ]
-        return ObservedView(self.limits, self.waiting, cache.free_blocks, seats)
+        return ObservedView(
+            self.limits, self.waiting, cache.free_blocks, seats, self.cached_prefix, cache.given_up
+        )
+
+    def cached_prefix(self, request: RequestView) -> CachedPrefix:
+        """What of a waiting request's prompt is cached."""
+        blocks = self._cached_blocks(self._known[request.request_id])
+        if not blocks:
+            return NOTHING_CACHED
+        free = int((self.cache.holders[blocks] == 0).sum())
+        return CachedPrefix(len(blocks) * self.limits.block_size, free)
+
+    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+        """The longest cached prefix of a request; one token at least is left to compute."""
+        most = (len(sequence.tokens) - 1) // self.limits.block_size
+        return self.cache.prefixes.find(sequence.hashes[:most])
 
     def _seat(self, batch: Batch, now_s: float) -> None:
         """Pre-empt, then admit."""
@@ -166,7 +185,12 @@ class Replica:
         for request_id in batch.admit:
             self.waiting.remove(waiting_view(request_id, self.waiting))
             sequence = self._known[request_id]
-            sequence.begin_stay()
+            blocks = self._cached_blocks(sequence)
+            reused = len(blocks) * self.limits.block_size
+            if blocks:
+                self.cache.hold(request_id, blocks)
+            self.recorder.reused(request_id, reused)
+            sequence.begin_stay(reused)
             self._seated[request_id] = sequence
             self.recorder.event(request_id, now_s, State.admitted)
 
@@ -215,6 +239,8 @@ class Replica:
             sequence = self._seated[chunk.request_id]
             decoded = not sequence.prefill_left
             sequence.computed += len(chunk.token_ids)
+            if sequence.hashes and not decoded:
+                self.cache.store(chunk.request_id, sequence.hashes, sequence.computed)
             if not chunk.sample:
                 continue
             token = next(following)
@@ -227,6 +253,7 @@ class Replica:
             ends = sequence.generated == sequence.request.output_tokens
             if ends or token == self.stop_token:
                 finished.append(chunk.request_id)
+        finished = [request_id for request_id in self._seated if request_id in finished]
         for request_id in finished:
             self._finish(request_id, end_s)
         return finished
@@ -247,7 +274,7 @@ class Replica:
         self.recorder.event(request_id, now_s, state)
 
     def _log(
-        self, now_s: float, before: tuple[int, int, int], shape: IterationShape, batch: Batch
+        self, now_s: float, before: tuple[int, int, int, int], shape: IterationShape, batch: Batch
     ) -> None:
         known = set(self._decoding)
         decoding = [

@@ -9,7 +9,7 @@ from backends.gguf_conversion import Progress
 from backends.kv_cache import Corruption, PagedKVCache
 from backends.replica import Prompts, Replica
 from backends.sampling import Sampler
-from backends.tokenizer import prompt_token_ids
+from backends.tokenizer import prompt_token_ids, request_token_ids
 from backends.transformer import Transformer
 from backends.weights import Model, find_model, load_model, random_model
 from sim.engine import ReplicaLimits
@@ -90,14 +90,13 @@ def serve(  # noqa: PLR0913  the parts of an engine
     vocabulary = model.config.vocab_size
     warm_up(model, limits)
     cache = _cache(model, limits)
-    cache.corrupt = corruption
+    cache.corrupt = cache.prefixes.corrupt = corruption
     replica = Replica(
         model=model,
         cache=cache,
         batching=batching,
         limits=limits,
-        prompts=prompts
-        or (lambda r: prompt_token_ids(seed, r.request_id, r.prompt_tokens, vocabulary)),
+        prompts=prompts or (lambda request: request_token_ids(seed, request, vocabulary)),
         sampler=sampler or Sampler(),
     )
     # A collection in mid-run would be a stall that no policy caused.
@@ -107,6 +106,7 @@ def serve(  # noqa: PLR0913  the parts of an engine
         trace = replica.serve(source)
     finally:
         gc.unfreeze()
+    cache.flush()  # all that was written has then been freed, or was lost
     return Served(trace, replica.answers, cache.written_bytes, cache.read_bytes, cache.freed_bytes)
 
 

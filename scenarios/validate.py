@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from scenarios.compose import compose_config, parse, refuse_flags, studies, typed
 from scenarios.tables import console, grid
-from scenarios.validation.options import Options, split, with_short_chunks
+from scenarios.validation.options import Fault, Options, split, with_short_chunks
 from scenarios.validation.verdict import Line, Verdict
 from sim.files import claim_folder, whole_folder, write_json
 from sim.policies.batching.base import Batching
@@ -64,25 +64,30 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
     rest = [text for text in overrides if not text.startswith("policy/batching=")]
     policies: dict[str, Batching] = {}
     accept: dict[str, float] = {}
+    prefix_caching = False
     for name in names:
         composed = typed(compose_config(study, [*rest, f"policy/batching={name}"], config_dir))
         policies[name] = with_short_chunks(composed.policy.batching)
-        accept = dict(composed.accept)
+        accept, prefix_caching = dict(composed.accept), composed.engine.prefix_caching
     unknown = sorted(set(accept) - set(ACCEPT_KEYS))
     if unknown:
         raise ValueError(
             f"accept names {unknown}, which nothing judges; there are: {', '.join(ACCEPT_KEYS)}"
         )
     for text in rest:
-        if not text.lstrip("+~").startswith(("policy", "accept")):
+        if not text.lstrip("+~").startswith(("policy", "accept", "engine.prefix_caching")):
             warnings.warn(
                 f"{text} has no effect on the validation, which has its own small models and "
                 "workloads; see docs/validation.md",
                 stacklevel=2,
             )
+    if options.corrupt is Fault.stale_block and not prefix_caching:
+        raise ValueError(
+            "corrupt=stale_block needs blocks that stay cached; add engine.prefix_caching=true"
+        )
     out = Path(options.out or Path("runs") / study / "validation")
     claim_folder(out, (ANSWERS, PICTURE), "validation")
-    return Plan(study, options, policies, accept, out)
+    return Plan(study, options, policies, accept, out, prefix_caching)
 
 
 def _policy_names(study: str, overrides: Sequence[str], config_dir: str | None) -> list[str]:

@@ -36,6 +36,8 @@ class Plan(NamedTuple):
     """Each with a token budget that cuts the short prompts of the validation."""
     accept: dict[str, float]
     out: Path
+    prefix_caching: bool = False
+    """Whether decisions, bytes and numbers are asked of replicas that cache prefixes."""
 
 
 def answer(plan: Plan) -> tuple[list[Line], dict[str, Runs]]:
@@ -73,12 +75,15 @@ def _decisions_and_bytes(plan: Plan, progress: Progress) -> list[Line]:
     count = plan.options.sizes.decision_requests
     fault = plan.options.corrupt
     # In mid-run, so that the fault meets a full pool.
-    at = {Fault.skip_free: count // 2, Fault.drop_copy: count * 20}
+    at = {Fault.skip_free: count // 2, Fault.drop_copy: count * 20, Fault.stale_block: count // 20}
     lines: list[Line] = []
     task = progress.add_task("decisions and bytes", total=len(plan.policies))
     for name, batching in plan.policies.items():
         corruption = None if fault is Fault.none else Corruption(kind=fault.value, index=at[fault])
-        found = exact_lines(name, tiny, batching, count, plan.options.seed, corruption)
+        found = exact_lines(
+            name, tiny, batching, count, plan.options.seed, corruption,
+            prefix_caching=plan.prefix_caching,
+        )  # fmt: skip
         lines += [line for line in found if Question(line.question) in plan.options.only]
         progress.advance(task)
     return lines
@@ -94,7 +99,10 @@ def _numbers(
     lines: list[Line] = []
     task = progress.add_task("numbers", total=len(plan.policies))
     for name, batching in plan.policies.items():
-        found = compare(transformer, folder, reference, batching, sizes.prompts, sizes.new_tokens)
+        found = compare(
+            transformer, folder, reference, batching, sizes.prompts, sizes.new_tokens,
+            prefix_caching=plan.prefix_caching,
+        )  # fmt: skip
         lines += number_lines(name, found, sizes.prompts)
         progress.advance(task)
     return lines

@@ -4,6 +4,7 @@ A tiny model of random weights serves hundreds of requests from a KV pool so sma
 pre-empted. Its decision instants are replayed on the simulated panel, which decides again.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from backends.kv_cache import Corruption
@@ -18,6 +19,7 @@ from sim.processes.pace import Replayed
 from sim.processes.replica import simulate
 from sim.trace import State, Trace
 from sim.work_done import work_done
+from sim.workload.conversations import Conversations
 from sim.workload.lengths import LengthDistribution
 from sim.workload.poisson import Poisson
 from sim.workload.recorded import replayed
@@ -25,8 +27,11 @@ from sim.workload.source import Source
 
 LIMITS = ReplicaLimits(max_num_seqs=16, max_num_batched_tokens=512, block_size=16, num_blocks=24)
 """A pool of 384 tokens for requests of up to 256: it runs out all the time."""
+CACHING = LIMITS._replace(num_blocks=48, prefix_caching=True)
+"""With prefix caching: room for a few of the shared prefixes, which are dropped all the time."""
 CONTEXT = 256
 FLOAT32_BYTES = 4
+HASH_TOKENS = 16
 
 
 class Panels(NamedTuple):
@@ -44,27 +49,46 @@ def workload(num_requests: int) -> Poisson:
     )  # fmt: skip
 
 
+def shared_workload(num_requests: int) -> Conversations:
+    """The same of conversations, whose turns begin with what was said before."""
+    return Conversations(
+        rate_per_s=400.0, num_requests=num_requests, input_tokens=16, output_tokens=24,
+        lengths=LengthDistribution.exponential, max_tokens=100, turns=6.0, think_time_s=0.1,
+        system_tokens=32, num_system_prompts=3, max_prompt_tokens=150,
+        hash_block_tokens=HASH_TOKENS,
+    )  # fmt: skip
+
+
 def run_both(
     model: Transformer, batching: Batching, num_requests: int, seed: int,
-    corruption: Corruption | None = None,
+    corruption: Corruption | None = None, *, prefix_caching: bool = False,
 ) -> Panels:  # fmt: skip
     """Serve for real, then replay the logged instants on the simulated panel."""
-    source = Source(workload(num_requests), seed, CONTEXT)
-    real = serve(model, source, batching, LIMITS, seed=seed, corruption=corruption)
-    return Panels(real, replay(real.trace, batching, LIMITS, CONTEXT))
+    load = shared_workload(num_requests) if prefix_caching else workload(num_requests)
+    limits = CACHING if prefix_caching else LIMITS
+    source = Source(load, seed, CONTEXT)
+    real = serve(model, source, batching, limits, seed=seed, corruption=corruption)
+    hashes = [request.prefix_hashes for request in source.initial()] if prefix_caching else None
+    return Panels(real, replay(real.trace, batching, limits, CONTEXT, hashes))
 
 
-def replay(real: Trace, batching: Batching, limits: ReplicaLimits, context: int) -> Trace:
+def replay(
+    real: Trace, batching: Batching, limits: ReplicaLimits, context: int,
+    prefix_hashes: Sequence[Sequence[int]] | None = None, hash_block_tokens: int = HASH_TOKENS,
+) -> Trace:  # fmt: skip
     """Simulate the requests of a real trace with its decision instants as boundaries."""
     requests = real.requests
-    again = replayed(requests["arrival_s"], requests["prompt_tokens"], requests["output_tokens"])
+    again = replayed(
+        requests["arrival_s"], requests["prompt_tokens"], requests["output_tokens"],
+        prefix_hashes=prefix_hashes, hash_block_tokens=hash_block_tokens,
+    )  # fmt: skip
     pace = Replayed(real.decisions["instant_s"].tolist(), float(real.iterations["end_s"][-1]))
     return simulate(Source(again, 0, context), batching, limits, pace, one_by_one=True)
 
 
-def exact_lines(
+def exact_lines(  # noqa: PLR0913  a policy, its load and how it is served
     name: str, model: Transformer, batching: Batching, num_requests: int, seed: int,
-    corruption: Corruption | None = None,
+    corruption: Corruption | None = None, *, prefix_caching: bool = False,
 ) -> list[Line]:  # fmt: skip
     """Questions 1 and 2 for one policy.
 
@@ -72,7 +96,9 @@ def exact_lines(
     a miss as well.
     """
     try:
-        panels = run_both(model, batching, num_requests, seed, corruption)
+        panels = run_both(
+            model, batching, num_requests, seed, corruption, prefix_caching=prefix_caching
+        )
     except ValueError as error:
         return [
             Line(
@@ -92,6 +118,8 @@ def decision_line(name: str, panels: Panels) -> Line:
     count = len(differing) + abs(len(simulated) - len(measured))
     preempted = int((panels.simulated.events["state"] == State.preempted).sum())
     note = f"{preempted} pre-emptions"
+    if spared := int(panels.simulated.decision_lists["reused_tokens"].values.sum()):
+        note += f", {spared:,} prompt tokens reused"
     if differing:
         at = differing[0]
         note = f"first at decision {at}: {difference(simulated[at], measured[at])}"

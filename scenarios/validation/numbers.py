@@ -9,7 +9,7 @@ from backends.reference import KeepLogits, Reference
 from backends.serving import serve
 from backends.tokenizer import Tokenizer
 from backends.transformer import Transformer
-from scenarios.validation.openings import TEXTS
+from scenarios.validation.openings import SYSTEM, TEXTS
 from scenarios.validation.verdict import Line, Verdict, judge_exact
 from sim.engine import ReplicaLimits
 from sim.policies.batching.base import Batching
@@ -34,21 +34,22 @@ class Comparison(NamedTuple):
     """Largest difference of any logit on the same tokens."""
 
 
-def compare(
+def compare(  # noqa: PLR0913  a model, its reference, a policy and its load
     model: Transformer, folder: Path, reference: Reference, batching: Batching,
-    num_prompts: int, new_tokens: int,
+    num_prompts: int, new_tokens: int, *, prefix_caching: bool = False,
 ) -> Comparison:  # fmt: skip
     """Answer the prompts with the replica and with transformers, greedily.
 
     Where a token differs, the reference goes on from the replica's token (teacher forcing), so that
-    every later token is compared too.
+    every later token is compared too. With prefix caching all prompts begin with one system prompt.
     """
     tokenizer = Tokenizer(folder)
-    asked = [tokenizer.encode(text) for text in TEXTS[:num_prompts]]
+    begin = SYSTEM if prefix_caching else ""
+    asked = [tokenizer.encode(begin + text) for text in TEXTS[:num_prompts]]
     kept = KeepLogits()
     longest = max(map(len, asked)) + new_tokens
     # Room for a part of the requests only: batches change, and some requests are pre-empted.
-    limits = ReplicaLimits(12, 192, 16, max(8, 3 * -(-longest // 16)))
+    limits = ReplicaLimits(12, 192, 16, max(8, 3 * -(-longest // 16)), prefix_caching)
     few = Recorded(
         arrival_s=[0.0] * len(asked), prompt_tokens=[len(ids) for ids in asked],
         output_tokens=[new_tokens] * len(asked),

@@ -14,3 +14,8 @@ TOPICS = (
     "a glacier", "inflation", "a lighthouse on a lonely island", "bread", "the printing press",
 )  # fmt: skip
 TEXTS = [opening.format(topic) for topic, opening in product(TOPICS, OPENINGS)]
+SYSTEM = (
+    "You are a patient assistant who answers in plain words, keeps to what is known, says so where "
+    "something is not, and gives one example for everything that is not obvious. "
+)
+"""What they all begin with where prefixes are cached: a few whole blocks."""

@@ -33,6 +33,8 @@ class Fault(Enum):
     none = "none"
     skip_free = "skip_free"
     drop_copy = "drop_copy"
+    stale_block = "stale_block"
+    """Needs engine.prefix_caching=true."""
 
 
 class Question(Enum):

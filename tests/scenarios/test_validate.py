@@ -37,6 +37,24 @@ def test_a_seeded_corruption_makes_validate_fail(tmp_path, fault):
     assert "missed" in {line["verdict"] for line in content["lines"]}
 
 
+def test_prefix_caching_is_taken_from_the_study(tmp_path):
+    arguments = ["only=[decisions,bytes]", "decision_requests=40", "engine.prefix_caching=true"]
+    code, content, _ = validate(tmp_path, *arguments)
+    assert code == 0
+    exact = [line for line in content["lines"] if line["question"] in ("decisions", "bytes")]
+    assert {line["verdict"] for line in exact} == {"passed"}
+    assert sum("prompt tokens reused" in line["note"] for line in exact) == 3
+
+
+def test_a_stale_block_makes_validate_fail_and_needs_a_cache(tmp_path, capsys):
+    arguments = ["only=[decisions]", "decision_requests=80", "corrupt=stale_block"]
+    assert main(["validate", "-cn", "replica", f"out={tmp_path / 'none'}", *arguments]) == 2
+    assert "add engine.prefix_caching=true" in capsys.readouterr().err
+    code, content, _ = validate(tmp_path, *arguments, "engine.prefix_caching=true")
+    assert code == 1
+    assert "missed" in {line["verdict"] for line in content["lines"]}
+
+
 @pytest.mark.parametrize("question", ["decisions", "bytes"])
 def test_a_panel_that_stops_is_a_miss_of_each_question(tmp_path, question):
     arguments = [f"only=[{question}]", "corrupt=drop_copy", "policy/batching=chunked_prefill"]
