@@ -30,14 +30,7 @@ def check(scenario: Scenario) -> Setup:
     for text in _warnings(scenario, setup):
         warnings.warn(text, stacklevel=2)
     for seed in scenario.seeds:
-        totals = check_workload(scenario, setup, seed)
-        if setup.limits.prefix_caching and not totals.num_hashed:
-            warnings.warn(
-                "engine.prefix_caching=true has no effect on requests without prefix hashes but "
-                f"that pre-empted ones find their prompts, and {type(scenario.workload).__name__} "
-                "brings no others; take workload=conversations or workload=mooncake_trace",
-                stacklevel=2,
-            )
+        check_workload(scenario, setup, seed)
     return setup
 
 
@@ -90,7 +83,8 @@ def _warnings(scenario: Scenario, setup: Setup) -> list[str]:
 
 def _simulate(scenario: Scenario, setup: Setup, seed: int) -> Trace:
     source = Source(scenario.workload, seed, setup.max_model_tokens)
-    return simulate(source, scenario.policy.batching, setup.limits, Costed(setup.cost))
+    ahead, pace = scenario.engine.schedules_ahead, Costed(setup.cost)
+    return simulate(source, scenario.policy.batching, setup.limits, pace, schedules_ahead=ahead)
 
 
 def _require_one_group(plan: InstancePlan) -> None:

@@ -49,6 +49,9 @@ class Engine:
     """Prompt and answer together, in tokens. None: the model's context."""
     iteration_overhead_s: float = 0.0
     """Scheduling and launch time that every iteration adds, in seconds."""
+    schedules_ahead: bool = False
+    """The simulated replica decides each iteration when the one before it begins (vLLM's
+    `async_scheduling`): a request that comes in between waits one iteration longer."""
     logit_bytes: float = 4.0
     """Memory that sampling takes at its peak, for each request and word of the vocabulary."""
     reserved_bytes: int = 0

@@ -10,6 +10,7 @@ VLLM_V1 = Engine(
     max_num_seqs=None,
     max_num_batched_tokens=None,
     prefix_caching=True,
+    schedules_ahead=True,
     # What the GPU waits for between two iterations although the next one is scheduled ahead: the
     # copies of inputs and of sampled tokens, the launches around the CUDA graph.
     # `benchmarks/real_requests.py` says how it was found and what another value would give.

@@ -52,8 +52,8 @@ class MemoryNeed:
 
     @property
     def total(self) -> float:
-        """All of them."""
-        return self.weights + self.activations + self.sampling + self.reserved
+        """Of an iteration's peak: sampling begins when the activations are gone."""
+        return self.weights + max(self.activations, self.sampling) + self.reserved
 
 
 def memory_need(

@@ -1,6 +1,7 @@
 """One replica under simulated time: decide, apply, let the iterations pass, hand out the tokens."""
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -25,7 +26,7 @@ Finished = Callable[[int, float], None]
 class Replica:
     """A serving engine's main loop. Decode stretches in which nothing can change are one event."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  what a replica is made of, and how it is driven
         self,
         environment: ExactEnvironment,
         batching: Batching,
@@ -33,6 +34,7 @@ class Replica:
         pace: Pace,
         *,
         one_by_one: bool = False,
+        schedules_ahead: bool = False,
         finished: Finished | None = None,
     ) -> None:
         self.environment = environment
@@ -52,23 +54,38 @@ class Replica:
         """Iterations of that stretch that `state` already counts."""
         self._joined: list[int] = []
         self._left: list[int] = []
+        self._unseen: deque[Request] | None = deque() if schedules_ahead else None
+        """Arrived after the decision of the iteration under way was due, one iteration ahead."""
+        self._decided_s = 0.0
+        """Start of the last iteration: when the decision at its end was taken, if ahead."""
         self.process = environment.process(self.serve())
 
     def submit(self, request: Request) -> None:
         """Take a request at its arrival. One that comes in mid-run ends the run at a boundary."""
         self.recorder.arrived(request)
-        self.state.submit(request)
+        later = 0
+        if self._unseen is None or self._idle is not None:
+            self.state.submit(request)
+        else:
+            self._unseen.append(request)
+            later = 1
         if self._idle is not None:
             self._idle.succeed()
             self._idle = None
         elif self._timer is not None:
-            boundaries, now = self._boundaries, self.environment.now
-            if now <= boundaries[-2]:
-                count = bisect_left(boundaries, now, 1)
+            boundaries = self._boundaries
+            count = bisect_left(boundaries, self.environment.now, 1) + later
+            if count < len(boundaries) - 1:
                 self.environment.advance(self._timer, boundaries[count])
                 del boundaries[count + 1 :]
                 self.recorder.repeat(count)
             self._timer = None
+
+    def _see(self, *, idle: bool = False) -> None:
+        """Let the policy see who had arrived when it decided; `idle`: it decides only now."""
+        unseen = self._unseen
+        while unseen and (idle or unseen[0].arrival_s <= self._decided_s):
+            self.state.submit(unseen.popleft())
 
     def look(self) -> ReplicaState:
         """The state at the last boundary before now, for whoever looks in from outside.
@@ -92,8 +109,11 @@ class Replica:
         if self.pace.start_s > 0:
             yield environment.boundary(self.pace.start_s)
         while True:
+            self._see()
             if not state.waiting and not state.num_running:
-                yield self._sleep()
+                self._see(idle=True)
+                if not state.waiting:
+                    yield self._sleep()
             batch = self.batching.next_batch(self._memory, state)
             if batch.prefill or batch.preempt or batch.admit:
                 yield environment.boundary(self._iterate(batch))
@@ -101,10 +121,13 @@ class Replica:
             elif batch.decode and state.num_decoding:
                 yield self._stretch()
                 self._timer = None
+                self._decided_s = self._boundaries[-2]
                 self.recorder.passed(self._boundaries)
                 self._settle(len(self._boundaries) - 1)
                 self._boundaries, self._settled = [], 0
                 self._complete(())
+            elif self._unseen:
+                self._see(idle=True)
             else:
                 yield self._sleep()
 
@@ -121,6 +144,7 @@ class Replica:
         except ValueError as error:
             raise ValueError(self._complaint(f"{batch}: {error}")) from error
         boundaries = self.pace.iteration(now, shape)
+        self._decided_s = now
         self._log(1, before, shape, batch)
         self.recorder.passed(boundaries)
         if shape.num_decodes:
@@ -150,6 +174,8 @@ class Replica:
         else:
             standing = self.batching.steady(self._memory, state)
             count = state.steps_in_memory(min(standing.iterations, state.steps_to_finish()))
+            if self._unseen and Wake.arrival in standing.wake_on:
+                count = min(count, 1)
         if count < 1:
             raise ValueError(self._complaint("a decode takes more blocks than are free"))
         decodes = state.num_decoding
@@ -209,6 +235,7 @@ def simulate(
     pace: Pace,
     *,
     one_by_one: bool = False,
+    schedules_ahead: bool = False,
 ) -> Trace:
     """Serve all requests of a source on one replica; the requests that arrive decide the end.
 
@@ -218,6 +245,8 @@ def simulate(
         limits: of the engine.
         pace: how long iterations last.
         one_by_one: ask the policy at every iteration, also where its decision stands.
+        schedules_ahead: each iteration is decided when the one before it begins, so a request that
+            arrives meanwhile is seen one decision later; an idle replica decides at once.
 
     Raises:
         ValueError: the policy overbooks blocks or seats, or leaves requests unserved.
@@ -242,7 +271,10 @@ def simulate(
             yield environment.arrival(request.arrival_s)
             replica.submit(request)
 
-    replica = Replica(environment, batching, limits, pace, one_by_one=one_by_one, finished=answered)
+    replica = Replica(
+        environment, batching, limits, pace,
+        one_by_one=one_by_one, schedules_ahead=schedules_ahead, finished=answered,
+    )  # fmt: skip
     environment.process(arrivals())
     environment.run()
     unserved = len(replica.state.waiting) + replica.state.num_running

@@ -201,16 +201,24 @@ def serve(
     cost: IterationCost | None = None,
     *,
     one_by_one: bool = False,
+    schedules_ahead: bool = False,
     seed: int = 0,
 ) -> Trace:
     """One run of one replica."""
     source = Source(workload, seed, CONTEXT)
     pace = Costed(cost or Grid(0.5))
-    return simulate(source, batching, limits, pace, one_by_one=one_by_one)
+    return simulate(
+        source, batching, limits, pace, one_by_one=one_by_one, schedules_ahead=schedules_ahead
+    )
 
 
-def run_case(case: Case, batching: Batching, *, one_by_one: bool = False) -> Trace:
-    return serve(case.workload, batching, case.limits, case.cost, one_by_one=one_by_one)
+def run_case(
+    case: Case, batching: Batching, *, one_by_one: bool = False, schedules_ahead: bool = False
+) -> Trace:
+    return serve(
+        case.workload, batching, case.limits, case.cost,
+        one_by_one=one_by_one, schedules_ahead=schedules_ahead,
+    )  # fmt: skip
 
 
 def assert_equal_traces(one: Trace, other: Trace) -> None:

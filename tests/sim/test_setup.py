@@ -53,8 +53,8 @@ def test_the_pool_is_what_weights_and_activations_leave() -> None:
 def test_a_model_that_does_not_fit_says_by_how_much() -> None:
     need = human_bytes(weight_bytes(load_architecture("llama_3_70b"), 2))
     message = (
-        rf"llama_3_70b in bf16 does not fit: {need} for weights .* leave \d+\.\d GiB too little for "
-        r"the weights alone; take tp_size=2 \(the smallest that fits\)"
+        rf"llama_3_70b in bf16 does not fit: {need} for weights .* leave \d+\.\d GiB too little "
+        r"for the weights alone; take tp_size=2 \(the smallest that fits\)"
     )
     with pytest.raises(ValueError, match=message):
         prepare(scenario(model=Model(name="llama_3_70b")))
@@ -63,7 +63,9 @@ def test_a_model_that_does_not_fit_says_by_how_much() -> None:
 def test_more_blocks_than_fit_are_refused() -> None:
     fitting = prepare(scenario()).limits.num_blocks
     assert prepare(scenario(engine=Engine(num_blocks=fitting))).limits.num_blocks == fitting
-    with pytest.raises(ValueError, match=rf"for {fitting + 1} KV blocks are needed; a100_80g has .* fewer"):
+    with pytest.raises(
+        ValueError, match=rf"for {fitting + 1} KV blocks are needed; a100_80g has .* fewer"
+    ):
         prepare(scenario(engine=Engine(num_blocks=fitting + 1)))
 
 

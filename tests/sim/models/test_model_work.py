@@ -42,6 +42,19 @@ def test_totals_are_the_published_ones(name, total):
     assert total_parameters(load_architecture(name)) == total
 
 
+PUBLISHED_BILLIONS = {
+    "llama_2_13b": 13.0, "llama_2_70b": 69.0, "llama_3_1_8b": 8.03, "llama_3_1_70b": 70.6,
+    "llama_3_2_1b": 1.24, "llama_3_2_3b": 3.21, "qwen2_5_7b": 7.62, "qwen2_5_32b": 32.8,
+    "qwen2_5_72b": 72.7, "qwen3_8b": 8.19, "qwen3_32b": 32.8, "qwen3_30b_a3b": 30.5,
+}  # fmt: skip
+"""As the models' cards round them."""
+
+
+@pytest.mark.parametrize(("name", "billions"), PUBLISHED_BILLIONS.items())
+def test_totals_round_to_the_published_ones(name, billions):
+    assert total_parameters(load_architecture(name)) / 1e9 == pytest.approx(billions, rel=5e-3)
+
+
 def test_active_parameters_are_the_published_ones_in_billions():
     for name, billions in (("mixtral_8x7b", 12.9), ("mixtral_8x22b", 39), ("dbrx", 36)):
         active = active_parameters(load_architecture(name)) / 1e9
