@@ -26,6 +26,15 @@ def block_hashes(token_ids: Sequence[int], block_size: int) -> list[bytes]:
     return hashes
 
 
+def own_hashes(request_id: int, first: int, stop: int) -> list[bytes]:
+    """Names of the blocks `first` to `stop` of a request that hold tokens of its answer.
+
+    Another request that is asked for the same tokens does not find them: on the simulated panel
+    nobody knows what an answer says.
+    """
+    return [b"answer %d %d" % (request_id, at) for at in range(first, stop)]
+
+
 class PrefixIndex:
     """Which block holds which prefix, and in which order blocks without a holder are given up.
 

@@ -15,7 +15,7 @@ from backends.batch_checks import check_prefill, check_room, require_running, wa
 from backends.forward_batch import Chunk, ForwardBatch
 from backends.kv_cache import PagedKVCache
 from backends.observed import ObservedView, Sequence
-from backends.prefix_cache import block_hashes
+from backends.prefix_cache import block_hashes, own_hashes
 from backends.sampling import Sampler
 from backends.transformer import Transformer
 from sim.engine import ReplicaLimits
@@ -239,7 +239,7 @@ class Replica:
             sequence = self._seated[chunk.request_id]
             decoded = not sequence.prefill_left
             sequence.computed += len(chunk.token_ids)
-            if sequence.hashes and not decoded:
+            if self.limits.prefix_caching and not decoded:
                 self.cache.store(chunk.request_id, sequence.hashes, sequence.computed)
             if not chunk.sample:
                 continue
@@ -268,10 +268,20 @@ class Replica:
     def _end_stay(self, sequence: Sequence, state: State, now_s: float) -> None:
         request_id = sequence.request.request_id
         if sequence.computed:
+            self._store_answer(sequence)
             self.cache.free(request_id)
         if sequence.first_iteration >= 0:
             self.recorder.run(request_id, sequence.first_iteration, sequence.decodes)
         self.recorder.event(request_id, now_s, state)
+
+    def _store_answer(self, sequence: Sequence) -> None:
+        """Cache the blocks that the answer so far has filled, for the request to find again."""
+        if not self.limits.prefix_caching:
+            return
+        request_id, whole = sequence.request.request_id, len(sequence.hashes)
+        full = sequence.computed // self.limits.block_size
+        sequence.hashes = [*sequence.hashes, *own_hashes(request_id, whole, full)]
+        self.cache.store(request_id, sequence.hashes, sequence.computed)
 
     def _log(
         self, now_s: float, before: tuple[int, int, int, int], shape: IterationShape, batch: Batch

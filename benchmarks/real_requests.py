@@ -6,11 +6,12 @@ instant at which the engine queued the request. Nothing is fitted on the run tha
 
     python benchmarks/real_requests.py --bench FOLDER [--layers FOLDER | --silicon GPU]
                                        [--gpu GPU] [--model MODEL] [--overhead SECONDS]
-                                       [--pool measured] [--fit]
+                                       [--pool predicted] [--fit]
 
 `--layers`: tables of profiled layers. `--silicon`: NVIDIA's tables of a GPU. Neither: datasheet
-roofline. `--fit` also prints the overhead of an iteration with which the mean TPOT would be exact:
-on one run it says what to expect of another.
+roofline. Where the log states the KV pool, the engine gets that one, and the predicted pool is a
+line of its own; `--pool predicted` simulates with the latter. `--fit` also prints the overhead of
+an iteration with which the mean TPOT would be exact.
 """
 
 import argparse
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--gpu")
     parser.add_argument("--model")
     parser.add_argument("--overhead", type=float, default=VLLM_V1.iteration_overhead_s)
-    parser.add_argument("--pool", choices=("predicted", "measured"), default="predicted")
+    parser.add_argument("--pool", choices=("stated", "predicted"), default="stated")
     parser.add_argument("--fit", action="store_true")
     options = parser.parse_args()
     try:
@@ -80,10 +81,11 @@ def run(options: argparse.Namespace) -> None:
     scenario = scenario_of(options, meta, measured)
     setup = check(scenario)
     stated = meta.get("kv_cache", {}).get("num_gpu_blocks")
-    if options.pool == "measured" and stated:
+    predicted = pool(setup, stated)
+    if options.pool == "stated" and stated:
         setup = replace(setup, limits=setup.limits._replace(num_blocks=stated))
     trace = serve(scenario, setup, options.overhead)
-    errors = {**compare(trace, measured), **pool(setup, stated)}
+    errors = {**compare(trace, measured), **predicted}
     shares = cost_shares(with_overhead(setup, options.overhead), [trace])
     show(options, scenario, errors, shares)
     figures = {name: error for name, (_, _, error) in errors.items()}

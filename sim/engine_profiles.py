@@ -11,10 +11,10 @@ VLLM_V1 = Engine(
     max_num_batched_tokens=None,
     prefix_caching=True,
     schedules_ahead=True,
-    # What the GPU waits for between two iterations although the next one is scheduled ahead: the
-    # copies of inputs and of sampled tokens, the launches around the CUDA graph.
-    # `benchmarks/real_requests.py` says how it was found and what another value would give.
-    iteration_overhead_s=6e-4,
+    # Assumed, not fitted: inputs are copied, small kernels prepare them, and a CUDA graph is
+    # launched, although the next iteration is scheduled ahead. `benchmarks/real_requests.py --fit`
+    # prints what a recorded run would ask for.
+    iteration_overhead_s=5e-4,
     # Peak of a dummy sampling step, vLLM 0.11 on H100: 4.76 GiB for 1,024 sequences of 128,256
     # words, 5.56 and 5.64 GiB for 151,936 words ("vLLM Empirical Memory Profiling Results").
     logit_bytes=38.7,

@@ -43,10 +43,12 @@ class KernelModel:
     """Start and end of a small kernel inside a CUDA graph."""
     depth_s: float = 3e-8
     """Latency of a product's inner loop, for each square root of its length."""
-    attention_launch_s: float = 8e-6
-    """As `launch_s` for attention, whose kernel also plans and merges."""
-    mixed_tile_rows: int = 128
-    """Rows of a tile of prompt attention, of which a decoding request beside prompts fills one."""
+    attention_launch_s: float = 9e-6
+    """As `launch_s` for attention, whose work is planned first."""
+    merge_s: float = 5e-6
+    """A second kernel that merges what the parts of a cut context gave."""
+    block_s: float = 4e-6
+    """Latency of a thread block of attention that has next to nothing to do."""
     packs_queries: bool = False
     """Prompt attention puts the query heads that share a KV head into one tile."""
     fused: bool = False
@@ -58,7 +60,7 @@ class KernelModel:
         return cls(
             flops_per_s=flops_per_s, bytes_per_s=bytes_per_s, product_share=1.0,
             attention_share=1.0, memory_share=1.0, launch_s=0.0, depth_s=0.0,
-            attention_launch_s=0.0, fused=True,
+            attention_launch_s=0.0, merge_s=0.0, block_s=0.0, fused=True,
         )  # fmt: skip
 
     @classmethod
@@ -118,13 +120,15 @@ class KernelModel:
         return done / (groups * rows * columns)
 
     def prompt_attention_s(
-        self, flops: float, num_bytes: float, *, longest_flops: float = 0.0, cached: bool = False
-    ) -> float:
+        self, flops: float, num_bytes: float, *, blocks: float = 0.0, longest_flops: float = 0.0,
+        cached: bool = False,
+    ) -> float:  # fmt: skip
         """Seconds of causal attention of one or several prompt chunks.
 
         Args:
-            flops: of all chunks and heads.
+            flops: of all chunks and heads, in whole tiles.
             num_bytes: queries, keys, values and outputs.
+            blocks: thread blocks: tiles of rows, of all heads.
             longest_flops: of the last tile of rows of one head, which one SM computes alone.
             cached: the operands were touched just before.
         """
@@ -132,6 +136,7 @@ class KernelModel:
         computing = flops / reached
         if self.sm_count:
             computing = max(computing, longest_flops * self.sm_count / reached)
+            computing += self.block_s * blocks / self.sm_count
         moving = self.moving_s(num_bytes, cached=cached)
         return self.attention_launch_s + max(computing, moving)
 
@@ -140,8 +145,9 @@ class KernelModel:
         return flops / (self.flops_per_s * self.attention_share)
 
     def decode_attention_s(
-        self, flops: float, num_bytes: float, *, blocks: float = 0.0, cached: bool = False
-    ) -> float:
+        self, flops: float, num_bytes: float, *, blocks: float = 0.0, heads: float = 0.0,
+        cached: bool = False,
+    ) -> float:  # fmt: skip
         """Seconds of attention of one new token each against the contexts.
 
         Args:
@@ -149,13 +155,16 @@ class KernelModel:
             num_bytes: keys and values above all.
             blocks: thread blocks that the contexts can be cut into; fewer than there are SMs
                 leave bandwidth unused. 0: enough.
+            heads: KV heads of all requests, each of which takes a block at least.
             cached: the operands were touched just before.
         """
         computing = flops / (self.flops_per_s * self.attention_share)
         moving = self.moving_s(num_bytes, cached=cached)
         if self.sm_count and blocks:
             moving *= max(1.0, self.sm_count / blocks)
-        return self.attention_launch_s + max(computing, moving)
+            moving = max(moving, self.block_s * heads / self.sm_count)
+        merging = self.merge_s if blocks > heads else 0.0
+        return self.attention_launch_s + merging + max(computing, moving)
 
     def elementwise_s(self, num_bytes: float) -> float:
         """Seconds of a norm, an activation or a rotation, whose operands come from the cache."""

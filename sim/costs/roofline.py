@@ -4,6 +4,8 @@ Operators run one after another; none of them overlaps another. What a kernel re
 and how work is cut into tiles, is `sim.costs.kernel_model`'s.
 """
 
+from math import ceil
+
 from sim.costs.curve import Curve
 from sim.costs.kernel_model import KEYS_PER_SPLIT, TILE_ROWS, KernelModel
 from sim.costs.seconds import Seconds
@@ -43,6 +45,7 @@ class RooflineKernels:
         self._linears = {one.name: one for one in layer_linears(architecture)}
         self._chunk = self._probe(decode=False)
         self._step = self._probe(decode=True)
+        self._group = architecture.num_heads / architecture.num_kv_heads
 
     def tokens(self, tokens: int) -> Seconds:
         """Products, embedding and elementwise kernels."""
@@ -77,17 +80,32 @@ class RooflineKernels:
             seconds += self.mixed_decode_s(shape.num_decodes, shape.decode_context)
         return Seconds(datasheet=seconds)
 
-    def prompts_s(self, shape: IterationShape) -> float:
-        """Seconds of attention of the chunks alone."""
+    def prompts_s(self, shape: IterationShape, *, cached: bool = False) -> float:
+        """Seconds of attention of the chunks alone; `cached`: their operands are."""
         token_bytes, context_bytes, pair_flops = self._chunk
-        context = shape.prefill_context / shape.num_prefills
-        rows = min(TILE_ROWS, shape.prefill_tokens / shape.num_prefills)
         a = self.architecture
+        pairs, tiles = self._tiled(shape)
+        context = shape.prefill_context / shape.num_prefills
         return a.num_layers * self.model.prompt_attention_s(
-            shape.prefill_pairs * pair_flops,
+            pairs * pair_flops,
             shape.prefill_tokens * token_bytes + shape.prefill_context * context_bytes,
-            longest_flops=rows * context * pair_flops / a.num_heads,
+            blocks=tiles * a.num_heads,
+            longest_flops=TILE_ROWS * context * pair_flops / a.num_heads,
+            cached=cached,
         )
+
+    def _tiled(self, shape: IterationShape) -> tuple[float, float]:
+        """Query-key pairs in whole tiles of rows, and tiles a query head, of chunks alike."""
+        if not self.model.sm_count:
+            return shape.prefill_pairs, 0.0
+        rows = shape.prefill_tokens / shape.num_prefills
+        before = shape.prefill_context / shape.num_prefills - rows
+        # Packed, a tile holds the same rows of several query heads, and fewer are left empty.
+        packed = self._group if self.model.packs_queries else 1.0
+        tiles = ceil(rows * packed / TILE_ROWS)
+        height = TILE_ROWS / packed
+        pairs = tiles * height * (before + (tiles + 1) * height / 2)
+        return shape.num_prefills * pairs, shape.num_prefills * tiles / packed
 
     def mixed_decode_s(self, num_decodes: int, context: float) -> float:
         """Seconds of attention of decoding requests in one launch with prompt chunks.
@@ -95,27 +113,25 @@ class RooflineKernels:
         The kernel then works in a prompt's tiles: a new token fills one row of a tile, for each
         query head, or for each KV head where the kernel packs the queries that share one.
         """
-        alone = self._decode_s(num_decodes, context)
+        alone = self.decodes_s(num_decodes, context)
         if not self.model.sm_count:
             return alone
-        a = self.architecture
-        rows = self.model.mixed_tile_rows
-        if self.model.packs_queries:
-            rows = rows * a.num_kv_heads / a.num_heads
+        rows = TILE_ROWS / self._group if self.model.packs_queries else TILE_ROWS
         padded = max(rows, 1.0) * context * self._step[2]
-        return max(alone, a.num_layers * self.model.padded_attention_s(padded))
+        layers = self.architecture.num_layers
+        return max(alone, layers * self.model.padded_attention_s(padded))
 
     def decode_attention(self, num_decodes: int) -> Curve:
         """Straight lines between powers of two, and through where computing takes over."""
         knots = sorted({float(num_decodes * kv) for kv in CONTEXTS} | self._ridge(num_decodes))
-        values = [self._decode_s(num_decodes, knot) for knot in knots]
+        values = [self.decodes_s(num_decodes, knot) for knot in knots]
         beyond = 2 * knots[-1]
-        slope = (self._decode_s(num_decodes, beyond) - values[-1]) / (beyond - knots[-1])
+        slope = (self.decodes_s(num_decodes, beyond) - values[-1]) / (beyond - knots[-1])
         return Curve(knots, values, slope)
 
     def decode_source(self, num_decodes: int, context: float) -> Seconds:
         """All of it from the datasheet."""
-        return Seconds(datasheet=self._decode_s(num_decodes, context))
+        return Seconds(datasheet=self.decodes_s(num_decodes, context))
 
     def product_s(self, operator: Operator, rows: int) -> float:
         """Seconds of all executions of a matrix product, or of the embedding's lookup."""
@@ -143,7 +159,8 @@ class RooflineKernels:
         moved = tokens * elements * self.dtype_bytes / ELEMENTWISE_PER_LAYER
         return a.num_layers * ELEMENTWISE_PER_LAYER * self.model.elementwise_s(moved)
 
-    def _decode_s(self, num_decodes: int, context: float) -> float:
+    def decodes_s(self, num_decodes: int, context: float, *, cached: bool = False) -> float:
+        """Seconds of attention of decoding requests alone; `cached`: their keys are."""
         token_bytes, context_bytes, pair_flops = self._step
         a = self.architecture
         blocks = num_decodes * a.num_kv_heads * max(1.0, context / num_decodes / KEYS_PER_SPLIT)
@@ -151,6 +168,8 @@ class RooflineKernels:
             context * pair_flops,
             num_decodes * token_bytes + context * context_bytes,
             blocks=blocks,
+            heads=num_decodes * a.num_kv_heads,
+            cached=cached,
         )
 
     def _ridge(self, num_decodes: int) -> set[float]:

@@ -1,4 +1,4 @@
-"""Which prompt blocks are cached under which prefix, who holds them, and which goes first.
+"""Which blocks are cached under which prefix, who holds them, and which goes first.
 
 Automatic prefix caching as in vLLM's second engine (docs, "Automatic Prefix Caching"). There, every
 KV block is an entry of its own. Here one entry is a run of blocks that have always been held and
@@ -41,8 +41,12 @@ class Entry:
         """The next blocks under the same key."""
 
 
+UNBOUNDED = 1 << 40
+"""End of the blocks under a request's own key: its answer is as long as it will be."""
+
+
 class Chain:
-    """The whole prompt blocks of one request as a path of keys, and how far it holds them."""
+    """The whole blocks of one request as a path of keys, and how far it holds them."""
 
     __slots__ = ("at", "ends", "found", "held", "keys", "seen")
 
@@ -97,7 +101,7 @@ class PrefixCache:
         return found
 
     def store(self, request_id: int, tokens: int) -> tuple[int, int]:
-        """Cache the prompt blocks that are full now that a request has computed so many tokens.
+        """Cache the blocks that are full now that a request has computed so many tokens.
 
         A block that another request has cached meanwhile is held instead of the own copy.
 
@@ -105,7 +109,7 @@ class PrefixCache:
             Own copies that are given up, and of the blocks held instead those that were free.
         """
         chain = self._chains[request_id]
-        full = min(tokens // self.block_size, chain.ends[-1] if chain.ends else 0)
+        full = tokens // self.block_size
         copies = taken = 0
         while chain.held < full:
             entry, last = self._entry(chain)
@@ -290,10 +294,11 @@ class PrefixCache:
 
 
 def _path(request: Request | RequestView, block_size: int) -> tuple[list[int], list[int]]:
-    """Keys of a prompt's whole blocks, and the number of blocks up to the end of each.
+    """Keys of a request's whole blocks, and the number of blocks up to the end of each.
 
-    A block lies under the hash that covers its last token. What no hash covers lies under a key of
-    the request's own: only the request itself finds it again, after a pre-emption.
+    A block lies under the hash that covers its last token. What no hash covers, the answer among
+    it, lies under a key of the request's own: only the request itself finds it again, after a
+    pre-emption.
     """
     size, prompt = request.hash_block_tokens, request.prompt_tokens
     full = prompt // block_size
@@ -309,7 +314,6 @@ def _path(request: Request | RequestView, block_size: int) -> tuple[list[int], l
         ends = list(range(step, step * len(keys) + 1, step))
     if ends and ends[-1] > full:
         ends[-1] = full
-    if (ends[-1] if ends else 0) < full:
-        keys.append(2 * request.request_id + 1)
-        ends.append(full)
+    keys.append(2 * request.request_id + 1)
+    ends.append(UNBOUNDED)
     return keys, ends

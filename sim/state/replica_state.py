@@ -253,7 +253,9 @@ class ReplicaState:
         request_id = seat.request.request_id
         self.free_blocks += self.limits.blocks_for(self._context(seat))
         if self._prefixes is not None:
-            # What is cached is free only where no other request holds it.
+            # Whole blocks of the answer so far stay cached as well. What is cached is free only
+            # where no other request holds it.
+            self._prefixes.store(request_id, self._context(seat))
             self.free_blocks -= self._prefixes.held_blocks(request_id)
             self.free_blocks += self._prefixes.release(request_id)
         del self._seats[request_id]

@@ -20,20 +20,20 @@ class EveryBlock:
         self.unheld: OrderedDict[Any, None] = OrderedDict()
         self.held: dict[int, list[Any]] = {}
 
-    def blocks(self, request: Request) -> list[Any]:
-        """What tells each whole block of a prompt from all others: all tokens up to its end."""
+    def blocks(self, request: Request, generated: int) -> list[Any]:
+        """What tells each whole block of a request from all others: all tokens up to its end."""
         tokens: list[Any] = []
         for one in request.prefix_hashes:
             tokens += [(one, at) for at in range(request.hash_block_tokens)]
         tokens = tokens[: request.prompt_tokens]
-        own = request.prompt_tokens - len(tokens)
+        own = request.prompt_tokens + generated - len(tokens)
         tokens += [("own", request.request_id, at) for at in range(own)]
-        whole = request.prompt_tokens // self.block_size
+        whole = len(tokens) // self.block_size
         return [tuple(tokens[: (at + 1) * self.block_size]) for at in range(whole)]
 
     def cached(self, request: Request, generated: int) -> CachedPrefix:
         found, most = [], (request.prompt_tokens + generated - 1) // self.block_size
-        for block in self.blocks(request)[:most]:
+        for block in self.blocks(request, generated)[:most]:
             if block not in self.holders:
                 break
             found.append(block)
@@ -42,7 +42,8 @@ class EveryBlock:
 
     def hold(self, request: Request, generated: int) -> CachedPrefix:
         found = self.cached(request, generated)
-        self.held[request.request_id] = self.blocks(request)[: found.tokens // self.block_size]
+        count = found.tokens // self.block_size
+        self.held[request.request_id] = self.blocks(request, generated)[:count]
         for block in self.held[request.request_id]:
             self._take(block)
         return found
@@ -54,7 +55,8 @@ class EveryBlock:
     def store(self, request: Request, tokens: int) -> tuple[int, int]:
         held = self.held[request.request_id]
         copies = taken = 0
-        for block in self.blocks(request)[len(held) : tokens // self.block_size]:
+        generated = max(tokens - request.prompt_tokens, 0)
+        for block in self.blocks(request, generated)[len(held) : tokens // self.block_size]:
             copies += block in self.holders
             taken += block in self.unheld
             self._take(block)
@@ -121,9 +123,9 @@ class Beside:
 
     def compute(self, request: Request, tokens: int) -> None:
         at = request.request_id
-        self.computed[at] = min(self.computed[at] + tokens, request.prompt_tokens + 5)
-        stored = min(self.computed[at], request.prompt_tokens)
-        assert self.fast.store(at, self.computed[at]) == self.plain.store(request, stored)
+        self.computed[at] = min(self.computed[at] + tokens, request.prompt_tokens + 11)
+        stored = self.computed[at]
+        assert self.fast.store(at, stored) == self.plain.store(request, stored)
         assert self.fast.held_blocks(at) == len(self.plain.held[at])
 
     def leave(self, request: Request, *, for_good: bool) -> None:
@@ -206,6 +208,17 @@ def test_what_no_hash_covers_is_found_again_by_its_own_request_only() -> None:
     cache = cache_of(prompt)
     assert cache.cached(prompt.view(3)) == CachedPrefix(16, 4)
     assert cache.cached(Request(1, 0.0, 16, 5, 9).view()) == NOTHING_CACHED
+
+
+def test_an_answer_is_found_again_by_its_own_request_only() -> None:
+    prompt = Request(0, 0.0, 10, 9, 99, (3, 4), 8)
+    cache = PrefixCache(4)
+    cache.hold(prompt.view())
+    cache.store(0, 10)
+    cache.store(0, 17)
+    cache.release(0)
+    assert cache.cached(prompt.view(8)) == CachedPrefix(16, 4)
+    assert cache.cached(Request(1, 0.0, 18, 9, 99, (3, 4, 5), 8).view()) == CachedPrefix(8, 2)
 
 
 @pytest.mark.parametrize("size", [6, 8])
