@@ -1,8 +1,9 @@
 """The way from one device of a node or cluster to another, as a list of vertices.
 
-Inside a node, GPUs talk over NVLink where a path of NVLink alone joins them, else over PCIe. Between
-nodes a GPU sends through its own port (`nic_of`), without a copy in host memory (GPU-direct RDMA), up
-to its leaf, over the spine if the other port is on another leaf, and down the same way.
+Inside a node, GPUs talk over NVLink where a path of NVLink alone joins them, else over PCIe.
+Between nodes a GPU sends through its own port (`nic_of`), without a copy in host memory (GPU-
+direct RDMA), up to its leaf, over the spine if the other port is on another leaf, and down the
+same way.
 """
 
 from collections.abc import Mapping

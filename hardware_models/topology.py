@@ -1,9 +1,9 @@
 """A node or a cluster as a graph: vertices are devices, edges carry bandwidth and latency.
 
 Vertices: `gpu0`, `gpu_switch`, `pcie0`, `nic0`, `npu`, `cpu`, `host_memory`, `disk`, and `network`
-where the ports of a single node end. In a cluster they carry their node, as in `node0/gpu0`, and ports
-end in leaf switches, `pod0/leaf3`, which meet in one `spine`: as many spine switches as there may be,
-over which flows spread evenly.
+where the ports of a single node end. In a cluster they carry their node, as in `node0/gpu0`, and
+ports end in leaf switches, `pod0/leaf3`, which meet in one `spine`: as many spine switches as
+there may be, over which flows spread evenly.
 """
 
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def node_edges(node: Node) -> list[Edge]:
 
 
 def cluster_edges(cluster: Cluster) -> list[Edge]:
-    """All edges of a cluster: node by node, each node's in the order of `node_edges`; then the spine."""
+    """All edges: node by node, each node's in the order of `node_edges`; then the spine."""
     inside = [edge for edge in node_edges(cluster.node) if "network" not in edge.ends]
     edges: list[Edge] = []
     for n in range(cluster.num_nodes):

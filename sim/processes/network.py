@@ -1,7 +1,8 @@
 """A network under simulated time: transfers share links by max-min fairness.
 
-A fluid model: bytes flow at the rate that `sim/state/shared_links.py` gives, from the instant of the
-call; the last one arrives the latency of its path later. No packets, no congestion control, no loss.
+A fluid model: bytes flow at the rate that `sim/state/shared_links.py` gives, from the instant of
+the call; the last one arrives the latency of its path later. No packets, no congestion control, no
+loss.
 """
 
 from collections.abc import Callable
@@ -149,6 +150,10 @@ class Network:
         """Bytes that each link has carried so far, by number."""
         return self.shared.carried_bytes(self.environment.now)
 
+    def latency_s(self, paths: IntArray) -> FloatArray:
+        """Latency along rows of links."""
+        return self._latency_s[paths].sum(axis=1)
+
     def _settle_soon(self) -> None:
         # All that begins at one instant is settled at once: one solution, not one each.
         if not self._settling:
@@ -189,7 +194,7 @@ class Network:
 
     def _arrive(self, transfer: Transfer, paths: IntArray, sent_s: float) -> None:
         if len(paths):
-            latency_s = float(self._latency_s[paths].sum(axis=1).max())
+            latency_s = float(self.latency_s(paths).max())
             transfer.arrives_s = max(transfer.arrives_s, sent_s + latency_s)
 
     def _deliver(self, transfer: Transfer) -> None:
@@ -200,6 +205,4 @@ class Network:
         self.delivered_bytes += transfer.num_bytes
 
     def _call(self, instant_s: float, then: Callable[[Event], Any]) -> None:
-        event = self.environment.boundary(instant_s)
-        assert event.callbacks is not None
-        event.callbacks.append(then)
+        self.environment.boundary(instant_s).callbacks.append(then)  # pyright: ignore[reportUnknownMemberType, reportOptionalMemberAccess]

@@ -1,9 +1,10 @@
 """Flows that must fare alike, found from the links they cross.
 
-Colour refinement: flows with the same colours of links, and links of one capacity with the same colours
-of flows, end up in one class (the coarsest equitable partition). Progressive filling sees nothing but
-those colours, so all flows of a class have one max-min rate, and removing a whole class leaves the
-others equitable. A million flows of a symmetric pattern become a handful of classes.
+Colour refinement: flows with the same colours of links, and links of one capacity with the same
+colours of flows, end up in one class (the coarsest equitable partition). Progressive filling sees
+nothing but those colours, so all flows of a class have one max-min rate, and removing a whole
+class leaves the others equitable. A million flows of a symmetric pattern become a handful of
+classes.
 """
 
 from dataclasses import dataclass

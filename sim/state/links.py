@@ -1,7 +1,7 @@
 """Directed links of a node or cluster as arrays, and the way of every flow as a row of links.
 
-Links carry numbers: those of node 0 first, in the order of its edges, then those of node 1 in the same
-order, and the spine last; so the ways inside node n are those inside node 0 plus a constant.
+Links carry numbers: those of node 0 first, in the order of its edges, then those of node 1 in the
+same order, and the spine last; so the ways inside node n are those inside node 0 plus a constant.
 """
 
 from collections.abc import Sequence
@@ -96,8 +96,9 @@ class Routes:
         start, end = np.asarray(sources, np.intp), np.asarray(destinations, np.intp)
         for ranks in (start, end):
             if ranks.size and not 0 <= ranks.min() <= ranks.max() < self.num_gpus:
+                last = self.num_gpus - 1
                 raise ValueError(
-                    f"ranks from {ranks.min()} to {ranks.max()} must be from 0 to {self.num_gpus - 1}"
+                    f"ranks from {ranks.min()} to {ranks.max()} must be from 0 to {last}"
                 )
         per_node = self.node.num_gpus
         a, b = start // per_node, end // per_node

@@ -1,7 +1,7 @@
 """Max-min fair rates: no flow can go faster without slowing one that is no faster.
 
-Progressive filling (Bertsekas and Gallager, "Data Networks", section 6.5.2): all rates grow together;
-the flows on a link that fills up stay at that rate, the others grow on.
+Progressive filling (Bertsekas and Gallager, "Data Networks", section 6.5.2): all rates grow
+together; the flows on a link that fills up stay at that rate, the others grow on.
 """
 
 import numpy as np

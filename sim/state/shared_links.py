@@ -1,8 +1,9 @@
 """Who sends how fast over which links, by classes of flows that fare alike.
 
-A change (flows begin, finish or are dropped, a capacity changes) touches links; rates are computed again
-for the flows that those links connect, and for no others. Classes are found when flows begin; they stay
-valid when a whole class finishes, and are found again only where a change tells members apart.
+A change (flows begin, finish or are dropped, a capacity changes) touches links; rates are computed
+again for the flows that those links connect, and for no others. Classes are found when flows
+begin; they stay valid when a whole class finishes, and are found again only where a change tells
+members apart.
 """
 
 from collections.abc import Iterable, Mapping
@@ -30,6 +31,10 @@ class Flows(NamedTuple):
     """Bytes that each has to send."""
     owners: IntArray
     """Number of the transfer that each is part of."""
+
+    def of(self, members: IntArray | slice) -> "Flows":
+        """Some of these flows."""
+        return Flows(self.paths[members], self.sizes[members], self.owners[members])
 
 
 @dataclass(eq=False, slots=True)
@@ -128,8 +133,11 @@ class SharedLinks:
         if begin is not None and not split and self._few(begin):
             touched.update(self._single(now_s, begin))
         elif begin is not None or split:
-            crossed = [] if begin is None else np.unique(begin.paths[begin.paths >= 0]).tolist()
-            split.update({c: None for link in crossed if (c := self._of_link[link]) is not None})
+            links = (
+                [] if begin is None else _numbers(np.unique(begin.paths[begin.paths != NO_LINK]))
+            )
+            found = (self._of_link[link] for link in links)
+            split.update({crossed: None for crossed in found if crossed is not None})
             touched.update(self._rebuild(now_s, split, begin, dropped))
         self._solve(now_s, self._connected(touched))
         return done
@@ -138,7 +146,7 @@ class SharedLinks:
         """Whether flows can be classes of their own without parting any class of links."""
         if len(begin.sizes) > FEW:
             return False
-        crossed = (self._of_link[link] for link in begin.paths[begin.paths >= 0].tolist())
+        crossed = (self._of_link[link] for link in _crossed(begin))
         return all(links is None or len(links.links) == 1 for links in crossed)
 
     def _recapacitated(
@@ -159,17 +167,15 @@ class SharedLinks:
     def _single(self, now_s: float, begin: Flows) -> dict[LinkClass, None]:
         """Make every flow a class of its own."""
         touched: dict[LinkClass, None] = {}
-        for i, row in enumerate(begin.paths.tolist()):
+        for i in range(len(begin.sizes)):
+            only = begin.of(slice(i, i + 1))
             uses: dict[LinkClass, float] = {}
-            for link in row:
-                if link == NO_LINK:
-                    continue
+            for link in _crossed(only):
                 links = self._of_link[link]
                 if links is None:
                     links = LinkClass(np.array([link]), float(self.capacity[link]), {})
                     self._of_link[link] = links
                 uses[links] = uses.get(links, 0.0) + 1.0
-            only = Flows(*(array[i : i + 1] for array in begin))
             self._add(FlowClass(only, float(begin.sizes[i]), now_s, uses))
             touched.update(dict.fromkeys(uses))
         return touched
@@ -195,17 +201,16 @@ class SharedLinks:
         for links in _members(classes.of_link):
             numbers = classes.links[links]
             link_classes.append(LinkClass(numbers, float(self.capacity[numbers[0]]), {}))
-            for link in numbers.tolist():
+            for link in _numbers(numbers):
                 self._of_link[link] = link_classes[-1]
         for members in _members(classes.of_flow):
-            first = flows.paths[members[0]]
             uses: dict[LinkClass, float] = {}
-            for link in first[first >= 0].tolist():
+            for link in _crossed(flows.of(members[:1])):
                 links = self._of_link[link]
                 assert links is not None
                 uses[links] = uses.get(links, 0.0) + len(members) / len(links.links)
             size = float(flows.sizes[members[0]])
-            self._add(FlowClass(Flows(*(array[members] for array in flows)), size, now_s, uses))
+            self._add(FlowClass(flows.of(members), size, now_s, uses))
         return dict.fromkeys(link_classes)
 
     def _connected(self, touched: Iterable[LinkClass]) -> list[FlowClass]:
@@ -267,7 +272,7 @@ class SharedLinks:
             self._carried[links.links] += times * flow_class.moved_bytes
             del links.crossed_by[flow_class]
             if not links.crossed_by:
-                for link in links.links.tolist():
+                for link in _numbers(links.links):
                     self._of_link[link] = None
 
 
@@ -279,6 +284,16 @@ def joined(parts: list[Flows]) -> Flows:
     paths = np.concatenate([widened(part.paths, width) for part in parts])
     sizes = np.concatenate([part.sizes for part in parts])
     return Flows(paths, sizes, np.concatenate([part.owners for part in parts]))
+
+
+def _crossed(flows: Flows) -> list[int]:
+    """The links of all flows, as often as they are crossed."""
+    return _numbers(flows.paths[flows.paths != NO_LINK])
+
+
+def _numbers(links: IntArray) -> list[int]:
+    numbers: list[int] = links.tolist()
+    return numbers
 
 
 def _members(numbers: IntArray) -> list[IntArray]:
