@@ -152,30 +152,34 @@ def all_to_all_uneven_s(sent_bytes: ArrayLike, group: Group) -> float:
     return group.launch_s + slowest_s if count > 1 else 0.0
 
 
-def group_of(hardware: Node | Cluster, num_ranks: int, *, share: float = 1.0) -> Group:
-    """The first GPUs of a node or cluster as a group, from the links of its parts alone.
+def group_of(
+    hardware: Node | Cluster, num_ranks: int, num_nodes: int | None = None, *, share: float = 1.0
+) -> Group:
+    """The first GPUs of the first nodes as a group, from the links of their parts alone.
 
     Args:
-        hardware: a node, or a cluster of which the first nodes take part, each with all its GPUs.
-        num_ranks: GPUs that take part.
+        hardware: a node, or a cluster.
+        num_ranks: GPUs that take part, as many on every node.
+        num_nodes: nodes that take part; None: as few as hold the ranks.
         share: of the bandwidth of every link that messages reach.
 
     Raises:
-        ValueError: there are not so many GPUs, or they would fill a node in part.
+        ValueError: there are not so many GPUs, or they do not spread evenly.
     """
     node = hardware.node if isinstance(hardware, Cluster) else hardware
-    num_nodes = max(1, -(-num_ranks // max(1, node.num_gpus)))
     there = hardware.num_nodes if isinstance(hardware, Cluster) else 1
-    if num_ranks < 1 or num_nodes > there or num_ranks % num_nodes:
+    if num_nodes is None:
+        num_nodes = max(1, -(-num_ranks // max(1, node.num_gpus)))
+    per_node, rest = divmod(num_ranks, max(1, num_nodes))
+    if rest or not 1 <= per_node <= node.num_gpus or not 1 <= num_nodes <= there:
         raise ValueError(
-            f"num_ranks={num_ranks} must be at most {there * node.num_gpus}, the GPUs of "
-            f"{hardware.name}, and fill the nodes that it takes; take a multiple of {node.num_gpus}"
+            f"num_ranks={num_ranks} on num_nodes={num_nodes} must be as many on every node, "
+            f"at most {node.num_gpus} on each of the {there} of {hardware.name}; change one of the two"
         )
     router = Router(hardware)
     edges = cluster_edges(hardware) if isinstance(hardware, Cluster) else node_edges(hardware)
     by_ends = {pair: edge for edge in edges for pair in (edge.ends, edge.ends[::-1])}
     prefix = "node0/" if isinstance(hardware, Cluster) else ""
-    per_node = num_ranks // num_nodes
     nothing = Hop(0.0, np.inf)
     ring = [(f"{prefix}gpu{i}", f"{prefix}gpu{(i + 1) % per_node}") for i in range(per_node)]
     inside = nothing if per_node == 1 else _slowest([router.path(*p) for p in ring], by_ends, share)
