@@ -174,7 +174,7 @@ def group_of(
     if rest or not 1 <= per_node <= node.num_gpus or not 1 <= num_nodes <= there:
         raise ValueError(
             f"num_ranks={num_ranks} on num_nodes={num_nodes} must be as many on every node, "
-            f"at most {node.num_gpus} on each of the {there} of {hardware.name}; change one of the two"
+            f"at most {node.num_gpus} on each of the {there} of {hardware.name}; change one"
         )
     router = Router(hardware)
     edges = cluster_edges(hardware) if isinstance(hardware, Cluster) else node_edges(hardware)

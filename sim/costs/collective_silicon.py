@@ -63,7 +63,7 @@ def parquet_rows(file: Path) -> list[dict[str, Any]]:
     """The rows of a Parquet file."""
     from pyarrow import parquet  # a simulation without tables does not wait for it
 
-    return parquet.read_table(file).to_pylist()
+    return parquet.ParquetFile(file).read().to_pylist()
 
 
 def read_silicon(

@@ -1,7 +1,7 @@
 """A cubic through points that does not overshoot between them: PCHIP, as scipy computes it.
 
 Fritsch and Butland, "A method for constructing local monotone piecewise cubic interpolants" (SIAM
-J. Sci. Stat. Comput. 1984). Written out because importing scipy's takes longer than reading a table.
+J. Sci. Stat. Comput. 1984). Written out, as importing scipy's takes longer than reading tables.
 """
 
 import numpy as np

@@ -64,6 +64,8 @@ class Network:
         self._dropped: list[int] = []
         self._settling = False
         self._wake_s = np.inf
+        self._waker: Event | None = None
+        """Fires at `_wake_s`; one that was scheduled before it for later is ignored."""
 
     def transfer(self, source: str, destination: str, num_bytes: float) -> Transfer:
         """Send bytes from one device to another, as in `network.transfer("gpu0", "gpu1", 1e6)`.
@@ -161,8 +163,9 @@ class Network:
             self._call(self.environment.now, self._settle)
 
     def _wake(self, event: Event) -> None:
-        self._wake_s = np.inf
-        self._settle(event)
+        if event is self._waker:
+            self._wake_s = np.inf
+            self._settle(event)
 
     def _settle(self, event: Event) -> None:
         del event
@@ -176,7 +179,7 @@ class Network:
         wake_s = self.shared.next_finish_s()
         if wake_s < self._wake_s:
             self._wake_s = wake_s
-            self._call(wake_s, self._wake)
+            self._waker = self._call(wake_s, self._wake)
 
     def _finished(self, flows: Flows, now: float) -> None:
         owners, first, counts = np.unique(flows.owners, return_index=True, return_counts=True)
@@ -204,5 +207,7 @@ class Network:
     def _count_delivered(self, transfer: Transfer) -> None:
         self.delivered_bytes += transfer.num_bytes
 
-    def _call(self, instant_s: float, then: Callable[[Event], Any]) -> None:
-        self.environment.boundary(instant_s).callbacks.append(then)  # pyright: ignore[reportUnknownMemberType, reportOptionalMemberAccess]
+    def _call(self, instant_s: float, then: Callable[[Event], Any]) -> Event:
+        event = self.environment.boundary(instant_s)
+        event.callbacks = [then]
+        return event

@@ -86,12 +86,19 @@ class SharedLinks:
 
     def next_finish_s(self) -> float:
         """When the next class of flows is done; infinity if none will be."""
+        if len(self._finishes) > 64 + 4 * len(self._classes):  # mostly of rates that have changed
+            valid = {id(entry[2]): entry for entry in self._finishes if self._stands(entry)}
+            self._finishes = sorted(valid.values())
         while self._finishes:
-            finish_s, _, flow_class = self._finishes[0]
-            if flow_class in self._classes and flow_class.finish_s == finish_s:
-                return finish_s
+            if self._stands(self._finishes[0]):
+                return self._finishes[0][0]
             heappop(self._finishes)
         return np.inf
+
+    def _stands(self, entry: tuple[float, int, FlowClass]) -> bool:
+        """Whether a class still finishes when it was thought to."""
+        finish_s, _, flow_class = entry
+        return flow_class in self._classes and flow_class.finish_s == finish_s
 
     def carried_bytes(self, now_s: float) -> FloatArray:
         """Bytes that each link has carried up to now."""

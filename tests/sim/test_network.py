@@ -128,6 +128,20 @@ def test_a_change_computes_rates_only_for_the_flows_that_links_connect():
     assert net.shared.solved_classes - before == 2
 
 
+def test_work_grows_with_the_transfers():
+    """Each begins, ends, and moves the next end at most once; no end that moved is seen again."""
+    net = network([10.0, 20.0])
+    settles = []
+    change = net.shared.change
+    net.shared.change = lambda *arguments: settles.append(arguments) or change(*arguments)
+    log = []
+    for i in range(200):
+        begin(net, i * 0.5, (i % 2,) if i % 3 else (0, 1), 4.0 + i % 5, log, i)
+    net.environment.run()
+    assert len(log) == 200
+    assert len(settles) <= 3 * 200
+
+
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_bytes_are_conserved_and_no_link_carries_more_than_it_can(data):
