@@ -129,7 +129,7 @@ def test_a_change_computes_rates_only_for_the_flows_that_links_connect():
 
 
 def test_work_grows_with_the_transfers():
-    """Each is settled as it begins and as it ends, though each ends before all that began before."""
+    """Each is settled as it begins and as it ends, though each ends before those before it."""
     net = network([1.0] * 100)
     settles, log = [], []
     change = net.shared.change
