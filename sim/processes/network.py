@@ -13,8 +13,9 @@ from numpy.typing import ArrayLike
 from simpy.events import Event
 
 from sim.processes.exact_time import ExactEnvironment
+from sim.state.flow_component import Flows, joined
 from sim.state.links import FloatArray, IntArray, Links
-from sim.state.shared_links import Flows, SharedLinks, joined
+from sim.state.shared_links import SharedLinks
 
 
 class Wiring(Protocol):

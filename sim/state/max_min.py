@@ -27,17 +27,16 @@ def max_min_rates(
     """
     left = capacity.astype(np.float64)
     rates = np.full(num_flows, np.inf)
-    growing = np.ones(len(flow), np.bool_)
-    while growing.any():
-        weight = np.bincount(link[growing], uses[growing], minlength=len(left))
+    while len(flow):
+        weight = np.bincount(link, uses, minlength=len(left))
         share = np.full(len(left), np.inf)
         np.divide(left, weight, out=share, where=weight > 0)
         level = max(float(share.min()), 0.0)
         full = share <= level * (1 + TIE)
         frozen = np.zeros(num_flows, np.bool_)
-        frozen[flow[growing & full[link]]] = True
+        frozen[flow[full[link]]] = True
         rates[frozen] = level
-        gone = growing & frozen[flow]
+        gone = frozen[flow]
         left -= np.bincount(link[gone], uses[gone] * level, minlength=len(left))
-        growing &= ~gone
+        flow, link, uses = flow[~gone], link[~gone], uses[~gone]
     return rates

@@ -75,10 +75,10 @@ def test_one_slow_link_of_a_symmetric_pattern_slows_its_own_flow_only():
     net = network([10.0] * 20)
     done = net.send(rows(*[(i,) for i in range(20)]), 100.0)
     net.environment.run(until=5)
-    assert len(net.shared.classes) == 1
+    assert net.shared.num_classes == 1
     net.set_link_capacity(6, 2.0)
     net.environment.run(until=6)
-    assert len(net.shared.classes) == 2
+    assert net.shared.num_classes == 2
     net.environment.run()
     assert done.arrives_s == pytest.approx(5 + 50 / 2, rel=EXACT)
     assert net.carried_bytes()[::2] == pytest.approx([100.0] * 20, rel=EXACT)
@@ -174,7 +174,7 @@ def test_flows_found_in_classes_arrive_as_flows_one_by_one(data):
     sends = [(0.0, path, size) for path, size in zip(paths, sizes, strict=True)]
     together = arrivals(network(bandwidths), sends)
     singly = network(bandwidths)
-    singly.shared._few = lambda begin: True
+    singly.shared._few = lambda begin, near: True
     assert together == pytest.approx(arrivals(singly, sends), rel=1e-9)
 
 
@@ -185,7 +185,7 @@ def test_an_all_to_all_of_a_whole_cluster_is_three_classes_of_flows():
     pairs = np.array([(i, j) for i in ranks for j in ranks if i != j])
     done = net.transfer_all(pairs[:, 0], pairs[:, 1], 1e6)
     net.environment.run(until=1e-9)
-    assert len(net.shared.classes) == 3
+    assert net.shared.num_classes == 3
     net.environment.run()
     latency_s = 2 * 5e-6 + 3e-6
     assert done.arrives_s == pytest.approx(latency_s + 120 * 1e6 / 50e9, rel=1e-9)
