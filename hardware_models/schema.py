@@ -98,8 +98,14 @@ class Node:
         self._require(self.num_gpus == 0 or self.gpu is not None, "num_gpus", "gpu")
         self._require(self.num_gpus == 0 or self.host_link is not None, "num_gpus", "host_link")
         self._require(self.num_nics == 0 or self.nic_link is not None, "num_nics", "nic_link")
+        self._require(self.num_nics == 0 or self.host_link is not None, "num_nics", "host_link")
         if self.gpu is None and self.cpu is None:
             raise ValueError(f"Node {self.name}: gpu=None, cpu=None: nothing computes; give one")
+        if self.npu is not None and self.host_memory is None:
+            raise ValueError(
+                f"Node {self.name}: npu={self.npu.name} with host_memory=None: an NPU is joined to "
+                "the rest over main memory; name a part for host_memory or leave out the npu"
+            )
         if (self.gpu_link is None) != (self.gpu_topology is GpuTopology.pcie):
             link = None if self.gpu_link is None else self.gpu_link.name
             raise ValueError(
@@ -122,7 +128,7 @@ class Node:
 
 @dataclass(kw_only=True)
 class Cluster:
-    """Equal nodes around one non-blocking network."""
+    """Equal nodes around a leaf-spine network."""
 
     name: str
     """Name of the part: its file name."""
@@ -132,17 +138,46 @@ class Cluster:
     """How many (no unit)."""
     fabric: Link | None = None
     """One network port as the fabric serves it; None: as fast as the node's nic_link."""
+    nodes_per_pod: int | None = None
+    """Nodes that share their leaf switches (no unit); None: all of them."""
+    rail_optimized: bool = True
+    """Port i of every node of a pod on leaf i of the pod; else a pod has one leaf for all ports."""
+    oversubscription: float = 1.0
+    """Bandwidth of a leaf to its nodes over that to the spine (no unit); 1: non-blocking."""
+    spine_latency_s: float = 0.0
+    """What the way up to the spine and down again adds, seconds; 0 where nobody measured it."""
     source: str
     """Where the composition comes from."""
 
     def __post_init__(self) -> None:
         require_text(self, "name", "source")
-        require_positive(self, "num_nodes")
+        require_positive(self, "num_nodes", "nodes_per_pod", "oversubscription")
+        require_not_negative(self, "spine_latency_s")
         if self.num_nodes > 1 and self.node.num_nics == 0:
             raise ValueError(
                 f"Cluster {self.name}: num_nodes={self.num_nodes} needs network ports, but "
                 f"{self.node.name} has num_nics=0; give the node a nic_link and num_nics"
             )
+        if self.nodes_per_pod is not None and self.nodes_per_pod > self.num_nodes:
+            raise ValueError(
+                f"Cluster {self.name}: nodes_per_pod={self.nodes_per_pod} must be at most "
+                f"num_nodes={self.num_nodes}; leave it out for a single pod"
+            )
+        if self.oversubscription < 1:
+            raise ValueError(
+                f"Cluster {self.name}: oversubscription={self.oversubscription} must be 1 or more "
+                "(bandwidth to the nodes over bandwidth to the spine); 1 is non-blocking"
+            )
+
+    @property
+    def leaves_per_pod(self) -> int:
+        """Leaf switches of a pod: one a rail, or one."""
+        return self.node.num_nics if self.rail_optimized else 1
+
+    @property
+    def num_pods(self) -> int:
+        """Pods, the last of which may be smaller."""
+        return -(-self.num_nodes // (self.nodes_per_pod or self.num_nodes))
 
     @property
     def network_link(self) -> Link | None:

@@ -1,11 +1,13 @@
 """A node or a cluster as a graph: vertices are devices, edges carry bandwidth and latency.
 
-Vertices: `gpu0`, `gpu_switch`, `pcie0`, `nic0`, `npu`, `cpu`, `host_memory`, `disk`,
-`network`; in a cluster all but the network are prefixed with their node, as in `node0/gpu0`.
+Vertices: `gpu0`, `gpu_switch`, `pcie0`, `nic0`, `npu`, `cpu`, `host_memory`, `disk`, and `network`
+where the ports of a single node end. In a cluster they carry their node, as in `node0/gpu0`, and
+ports end in leaf switches, `pod0/leaf3`, which meet in one `spine`: as many spine switches as
+there may be, over which flows spread evenly.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from hardware_models.schema import Cluster, GpuTopology, Link, Node
@@ -26,22 +28,49 @@ class Edge:
     """Bandwidth in one direction, bytes/s; of a disk, its reading."""
     latency_s: float
     """Latency, seconds; 0 where the part does not state one."""
+    back_bandwidth_bytes_per_s: float | None = None
+    """From the first end to the second where that differs, bytes/s: writing to a disk."""
+    shared: bool = False
+    """Both directions draw on one bandwidth, as reads and writes of a memory do."""
 
 
-def node_edges(node: Node, prefix: str = "", network_link: Link | None = None) -> list[Edge]:
-    """All edges of a node; two sockets count as one `cpu`.
-
-    Args:
-        node: what to draw.
-        prefix: put before every vertex but `network`.
-        network_link: what a port gets from the network; the node's nic_link when None.
-    """
+def node_edges(node: Node) -> list[Edge]:
+    """All edges of a node; two sockets count as one `cpu`."""
     edges = [*_gpu_edges(node), *_pcie_edges(node), *_host_edges(node)]
-    edges = [_prefixed(edge, prefix) for edge in edges]
-    link = network_link or node.nic_link
-    if link is not None:
-        edges += [_half(f"{prefix}nic{i}", "network", link) for i in range(node.num_nics)]
+    if node.nic_link is not None:
+        edges += [_half(f"nic{i}", "network", node.nic_link) for i in range(node.num_nics)]
     return edges
+
+
+def cluster_edges(cluster: Cluster) -> list[Edge]:
+    """All edges: node by node, each node's in the order of `node_edges`; then the spine."""
+    inside = [edge for edge in node_edges(cluster.node) if "network" not in edge.ends]
+    edges: list[Edge] = []
+    for n in range(cluster.num_nodes):
+        edges += [_prefixed(edge, f"node{n}/") for edge in inside]
+        if (port := cluster.network_link) is not None:
+            for i in range(cluster.node.num_nics):
+                edges.append(_half(f"node{n}/nic{i}", leaf_of(cluster, n, i), port))
+    return [*edges, *_spine_edges(cluster)]
+
+
+def leaf_of(cluster: Cluster, node: int, nic: int) -> str:
+    """The leaf switch that a port of a node ends in."""
+    pod = node // (cluster.nodes_per_pod or cluster.num_nodes)
+    return f"pod{pod}/leaf{nic if cluster.rail_optimized else 0}"
+
+
+def nic_of(node: Node, gpu: int) -> int:
+    """The port that a GPU sends through: its share of the ports, in order, which are nearest.
+
+    Raises:
+        ValueError: the node has no port.
+    """
+    if node.num_nics == 0:
+        raise ValueError(
+            f"Node {node.name}: num_nics=0: gpu{gpu} reaches no other node; give it ports"
+        )
+    return gpu * node.num_nics // max(1, node.num_gpus)
 
 
 def node_graph(node: Node) -> "Graph[str]":
@@ -50,11 +79,23 @@ def node_graph(node: Node) -> "Graph[str]":
 
 
 def cluster_graph(cluster: Cluster) -> "Graph[str]":
-    """The cluster as a networkx graph: its nodes around one `network` vertex."""
-    edges: list[Edge] = []
-    for i in range(cluster.num_nodes):
-        edges += node_edges(cluster.node, f"node{i}/", cluster.network_link)
-    return _graph(edges)
+    """The cluster as a networkx graph: its nodes, leaf switches and the spine."""
+    return _graph(cluster_edges(cluster))
+
+
+def _spine_edges(cluster: Cluster) -> Iterator[Edge]:
+    port = cluster.network_link
+    leaves = cluster.leaves_per_pod
+    if port is None or cluster.num_pods * leaves < 2:
+        return
+    for pod in range(cluster.num_pods):
+        size = cluster.nodes_per_pod or cluster.num_nodes
+        nodes = min(size, cluster.num_nodes - pod * size)
+        ports = nodes * cluster.node.num_nics // leaves
+        uplink = ports * port.bandwidth_bytes_per_s / cluster.oversubscription
+        for leaf in range(leaves):
+            ends = (f"pod{pod}/leaf{leaf}", "spine")
+            yield Edge(ends, port.kind.name, uplink, cluster.spine_latency_s / 2)
 
 
 def _gpu_edges(node: Node) -> Iterator[Edge]:
@@ -88,9 +129,11 @@ def _host_edges(node: Node) -> Iterator[Edge]:
     if memory is not None:
         for chip in ("cpu", "npu") if node.npu is not None else ("cpu",):
             ends = (chip, "host_memory")
-            yield Edge(ends, "memory", memory.bandwidth_bytes_per_s, memory.latency_s or 0.0)
+            bandwidth, latency_s = memory.bandwidth_bytes_per_s, memory.latency_s or 0.0
+            yield Edge(ends, "memory", bandwidth, latency_s, shared=True)
     if disk is not None:
-        yield Edge(("cpu", "disk"), "disk", disk.read_bandwidth_bytes_per_s, disk.latency_s)
+        read, write = disk.read_bandwidth_bytes_per_s, disk.write_bandwidth_bytes_per_s
+        yield Edge(("cpu", "disk"), "disk", read, disk.latency_s, back_bandwidth_bytes_per_s=write)
 
 
 def _half(device: str, middle: str, link: Link) -> Edge:
@@ -103,8 +146,7 @@ def _edge(ends: tuple[str, str], link: Link, latency_s: float) -> Edge:
 
 
 def _prefixed(edge: Edge, prefix: str) -> Edge:
-    ends = (prefix + edge.ends[0], prefix + edge.ends[1])
-    return Edge(ends, edge.kind, edge.bandwidth_bytes_per_s, edge.latency_s)
+    return replace(edge, ends=(prefix + edge.ends[0], prefix + edge.ends[1]))
 
 
 def _graph(edges: list[Edge]) -> "Graph[str]":

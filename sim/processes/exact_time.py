@@ -27,6 +27,14 @@ class ExactEnvironment(simpy.Environment):
         earlier.callbacks, boundary.callbacks = boundary.callbacks, []  # pyright: ignore[reportUnknownMemberType]
         return earlier
 
+    def fire(self, event: Event, instant_s: float) -> None:
+        """Let an event that somebody may already wait for fire at `instant_s`, as a boundary."""
+        if instant_s < self._now:
+            raise ValueError(f"instant_s={instant_s} lies before now={self._now}")
+        event._ok = True  # pyright: ignore[reportPrivateUsage]
+        event._value = None  # pyright: ignore[reportPrivateUsage]
+        heappush(self._queue, (instant_s, NORMAL, next(self._eid), event))
+
     def _at(self, instant_s: float, priority: EventPriority) -> Event:
         if instant_s < self._now:
             raise ValueError(f"instant_s={instant_s} lies before now={self._now}")
