@@ -25,7 +25,7 @@ Finished = Callable[[int, float], None]
 class Replica:
     """A serving engine's main loop. Decode stretches in which nothing can change are one event."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  what an engine is made of
         self,
         environment: ExactEnvironment,
         batching: Batching,
@@ -34,6 +34,7 @@ class Replica:
         *,
         one_by_one: bool = False,
         finished: Finished | None = None,
+        number: int = 0,
     ) -> None:
         self.environment = environment
         self.batching = batching
@@ -41,7 +42,7 @@ class Replica:
         self.one_by_one = one_by_one
         self.finished = finished
         self.state = ReplicaState(limits)
-        self.recorder = Recorder()
+        self.recorder = Recorder(number)
         self._memory = batching.init()
         self._idle: Event | None = None
         self._timer: Event | None = None
@@ -202,6 +203,46 @@ class Replica:
         )
 
 
+Submit = Callable[[Request], None]
+"""Takes a request at its arrival."""
+
+
+def _nowhere(request: Request) -> None:
+    raise AssertionError(f"request {request.request_id} came before the feed began")
+
+
+class Feed:
+    """Hands out a source's requests at their arrivals; in a closed loop, after an answer."""
+
+    def __init__(self, environment: ExactEnvironment, source: Source) -> None:
+        self._environment, self._source = environment, source
+        self._submit: Submit = _nowhere
+
+    def start(self, submit: Submit) -> None:
+        """Begin to submit; after the executor's own processes, which sleep at the first arrival."""
+        self._submit = submit
+        self._environment.process(self._arrivals())
+
+    def answered(self, request_id: int, instant_s: float) -> None:
+        """A request has its last token; in a closed loop its client now issues the next one."""
+        following = self._source.after(request_id, instant_s)
+        if following is None:
+            return
+        if following.arrival_s <= instant_s:
+            self._submit(following)
+        else:
+            self._environment.process(self._arrive(following))
+
+    def _arrive(self, request: Request) -> Generator[Event, Any, None]:
+        yield self._environment.arrival(request.arrival_s)
+        self._submit(request)
+
+    def _arrivals(self) -> Generator[Event, Any, None]:
+        for request in self._source.initial():
+            yield self._environment.arrival(request.arrival_s)
+            self._submit(request)
+
+
 def simulate(
     source: Source,
     batching: Batching,
@@ -223,27 +264,11 @@ def simulate(
         ValueError: the policy overbooks blocks or seats, or leaves requests unserved.
     """
     environment = ExactEnvironment()
-
-    def answered(request_id: int, instant_s: float) -> None:
-        following = source.after(request_id, instant_s)
-        if following is None:
-            return
-        if following.arrival_s <= instant_s:
-            replica.submit(following)
-        else:
-            environment.process(_arrive(following))
-
-    def _arrive(request: Request) -> Generator[Event, Any, None]:
-        yield environment.arrival(request.arrival_s)
-        replica.submit(request)
-
-    def arrivals() -> Generator[Event, Any, None]:
-        for request in source.initial():
-            yield environment.arrival(request.arrival_s)
-            replica.submit(request)
-
-    replica = Replica(environment, batching, limits, pace, one_by_one=one_by_one, finished=answered)
-    environment.process(arrivals())
+    feed = Feed(environment, source)
+    replica = Replica(
+        environment, batching, limits, pace, one_by_one=one_by_one, finished=feed.answered
+    )
+    feed.start(replica.submit)
     environment.run()
     unserved = len(replica.state.waiting) + replica.state.num_running
     if unserved:
