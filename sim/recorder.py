@@ -214,7 +214,8 @@ def _table(kinds: Mapping[str, str], flat: "array[float]", replica: int | None =
 
 def _rows(kinds: Mapping[str, str], flat: "array[float]") -> Table:
     """Columns of rows that were appended one after another."""
-    rows = np.array(flat).reshape(-1, len(kinds))
+    # A view, not a copy: millions of rows are held once here and once in the columns.
+    rows = (np.frombuffer(flat) if len(flat) else np.zeros(0)).reshape(-1, len(kinds))
     table: Table = {}
     for index, (name, kind) in enumerate(kinds.items()):
         column = rows[:, index]

@@ -11,40 +11,34 @@ import numpy as np
 
 from sim.trace import Array, Ragged, Table, Trace
 
+STACKED = ("iterations", "requests", "events", "runs", "decisions", "spans")
 
-def merge(
-    traces: Sequence[Trace], routes: Mapping[str, Array], answers: Mapping[str, Array]
-) -> Trace:
+
+def merge(traces: list[Trace], routes: Mapping[str, Array], answers: Mapping[str, Array]) -> Trace:
     """The trace of a deployment.
 
     Args:
-        traces: of its replicas, in order of their numbers.
+        traces: of its replicas, in order of their numbers. Emptied: long columns are taken over one
+            by one, so that they are never held twice.
         routes: where the router sent each request.
         answers: in the order in which it learnt of them.
     """
     firsts = np.cumsum([0, *(trace.num_iterations for trace in traces)])
-    runs = [
-        {**trace.runs, "first_iteration": trace.runs["first_iteration"] + first}
-        for trace, first in zip(traces, firsts, strict=False)
-    ]
-    lists = {
-        name: _join([trace.decision_lists[name] for trace in traces])
-        for name in traces[0].decision_lists
-    }
+    parts = [{name: dict(getattr(one, name)) for name in STACKED} for one in traces]
+    lists = [dict(one.decision_lists) for one in traces]
+    names = [one.span_names for one in traces]
+    traces.clear()
+    for part, first in zip(parts, firsts, strict=False):
+        part["runs"]["first_iteration"] = part["runs"]["first_iteration"] + first
+    whole = {name: _stack([part[name] for part in parts]) for name in STACKED}
+    whole["requests"] = _sorted(whole["requests"], "arrival_s", "request")
+    whole["events"] = _sorted(whole["events"], "instant_s")
     return Trace(
-        iterations=_stack([trace.iterations for trace in traces]),
-        requests=_sorted(_stack([trace.requests for trace in traces]), "arrival_s", "request"),
-        events=_sorted(_stack([trace.events for trace in traces]), "instant_s"),
-        runs=_stack(runs),
-        decisions=_stack([trace.decisions for trace in traces]),
-        decision_lists=lists,
+        **whole,
+        decision_lists={name: _join([one.pop(name) for one in lists]) for name in list(lists[0])},
         routes=routes,
         answers=answers,
-        spans=_stack([trace.spans for trace in traces]),
-        span_names={
-            name: [one for trace in traces for one in trace.span_names[name]]
-            for name in traces[0].span_names
-        },
+        span_names={name: [text for one in names for text in one[name]] for name in names[0]},
     )
 
 
@@ -79,8 +73,9 @@ def of_replica(trace: Trace, replica: int) -> Trace:
     )
 
 
-def _stack(tables: Sequence[Mapping[str, Array]]) -> Table:
-    return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+def _stack(tables: Sequence[Table]) -> Table:
+    """Tables below each other; theirs are emptied."""
+    return {name: np.concatenate([one.pop(name) for one in tables]) for name in list(tables[0])}
 
 
 def _sorted(table: Table, *keys: str) -> Table:

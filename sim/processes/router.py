@@ -11,7 +11,7 @@ from sim.policies.routing.base import Routing
 from sim.processes.exact_time import ExactEnvironment
 from sim.processes.pace import Pace
 from sim.processes.replica import Feed, Replica
-from sim.recorder import RouteRecorder
+from sim.recorder import Recorder, RouteRecorder
 from sim.requests import Request
 from sim.state.router_state import RouterState
 from sim.trace import Trace
@@ -142,5 +142,8 @@ def simulate_replicas(  # noqa: PLR0913  what a deployment is made of
             f"policy {type(batching).__name__} left {unserved} requests unserved and waits for "
             "arrivals that never come; mend the policy"
         )
-    traces = [replica.recorder.trace() for replica in replicas]
+    traces: list[Trace] = []
+    for replica in replicas:
+        traces.append(replica.recorder.trace())
+        replica.recorder = Recorder()  # what it held is in the trace
     return merge(traces, *router.recorder.tables())
