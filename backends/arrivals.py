@@ -1,11 +1,28 @@
 """Requests of a source at their scheduled times on a real clock."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
+from typing import Protocol
 
 from sim.requests import Request
 from sim.workload.source import Source
+
+
+class Feed(Protocol):
+    """Where a replica's requests come from. Instants are seconds since the clock read `start`."""
+
+    def due(self, start: float) -> tuple[float, Sequence[Request]]:
+        """The instant, and the requests that are there by then and were not handed out before."""
+        ...
+
+    def wait(self, start: float) -> bool:
+        """Wait until a request may be there; False when none will come."""
+        ...
+
+    def answered(self, request_id: int, finish_s: float) -> None:
+        """A request has its last token."""
+        ...
 
 
 class Arrivals:
@@ -27,6 +44,18 @@ class Arrivals:
         if self._ahead is not None:
             times.append(self._ahead.arrival_s)
         return min(times, default=None)
+
+    def due(self, start: float) -> tuple[float, Sequence[Request]]:
+        """Now, and the requests that have arrived."""
+        now_s = time.perf_counter() - start
+        return now_s, list(self.until(now_s))
+
+    def wait(self, start: float) -> bool:
+        """Sleep until the next request; False when none is known."""
+        if self.next_s is None:
+            return False
+        sleep_until(start + self.next_s)
+        return True
 
     def until(self, now_s: float) -> Iterator[Request]:
         """The requests that arrived by `now_s`, in order of arrival."""

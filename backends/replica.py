@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from backends.arrivals import Arrivals, sleep_until
+from backends.arrivals import Arrivals, Feed
 from backends.batch_checks import check_prefill, check_room, require_running, waiting_view
 from backends.forward_batch import Chunk, ForwardBatch
 from backends.kv_cache import PagedKVCache
@@ -44,6 +44,7 @@ class Replica:
         prompts: Prompts,
         sampler: Sampler,
         stop_token: int | None = None,
+        number: int = 0,
     ) -> None:
         """Put an engine together.
 
@@ -55,6 +56,7 @@ class Replica:
             prompts: gives the token ids of a request's prompt.
             sampler: turns logits into tokens; draws depend on seed, request and position only.
             stop_token: ends an answer before its forced length; None forces the length.
+            number: of the replica, among several.
         """
         self.model = model
         self.cache = cache
@@ -63,7 +65,7 @@ class Replica:
         self.prompts = prompts
         self.sampler = sampler
         self.stop_token = stop_token
-        self.recorder = Recorder()
+        self.recorder = Recorder(number)
         self.waiting: deque[RequestView] = deque()
         self.answers: dict[int, list[int]] = {}
         """Token ids of every finished answer."""
@@ -80,18 +82,26 @@ class Replica:
             ValueError: the policy overbooks blocks or seats, moves requests that are elsewhere, or
                 schedules nothing although no request will come any more.
         """
-        arrivals = Arrivals(source)
-        start = time.perf_counter()
+        return self.run(Arrivals(source), time.perf_counter())
+
+    def run(self, feed: Feed, start: float) -> Trace:
+        """Serve what a feed brings until it says that nothing more will come.
+
+        Args:
+            feed: hands out requests and is told of answers.
+            start: the clock's reading at t = 0.
+
+        Raises:
+            ValueError: as `serve`.
+        """
         while True:
-            now_s = time.perf_counter() - start
-            for request in arrivals.until(now_s):
+            now_s, requests = feed.due(start)
+            for request in requests:
                 self.submit(request)
-            busy = (self.waiting or self._seated) and self.step(now_s, start, arrivals)
-            if busy:
+            busy = (self.waiting or self._seated) and self.step(now_s, start, feed)
+            if busy or feed.wait(start):
                 continue
-            if arrivals.next_s is not None:
-                sleep_until(start + arrivals.next_s)
-            elif self.waiting or self._seated:
+            if self.waiting or self._seated:
                 name = type(self.batching).__name__
                 raise ValueError(
                     f"policy {name} left {len(self.waiting) + len(self._seated)} requests unserved "
@@ -118,13 +128,13 @@ class Replica:
             slots = self.cache.slots(request_id, 0, sequence.computed)
             self.cache.begin_write(torch.tensor(slots))
 
-    def step(self, now_s: float, start: float, arrivals: Arrivals) -> bool:
+    def step(self, now_s: float, start: float, feed: Feed) -> bool:
         """One decision and its iteration; False when the policy schedules nothing.
 
         Args:
             now_s: instant of the decision; every request that arrived by then is queued.
             start: the clock's reading at t = 0.
-            arrivals: told of finished requests, whose clients may issue the next.
+            feed: told of finished requests, whose clients may issue the next.
         """
         view = self.observe()
         context_tokens = sum(seat.context_tokens for seat in view.seats)
@@ -144,7 +154,7 @@ class Replica:
         end_s = time.perf_counter() - start
         self.recorder.passed((now_s, end_s))
         for request_id in self._append(chunks, tokens, end_s):
-            arrivals.answered(request_id, end_s)
+            feed.answered(request_id, end_s)
         return True
 
     def observe(self) -> ObservedView:

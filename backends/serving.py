@@ -1,6 +1,8 @@
 """Serve a workload for real in one call: what validation and benchmarks run."""
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -87,27 +89,52 @@ def serve(  # noqa: PLR0913  the parts of an engine
         sampler: None is greedy.
         corruption: a fault to put into the KV cache.
     """
+    replica = make_replica(
+        model, batching, limits, seed=seed, prompts=prompts, sampler=sampler, corruption=corruption
+    )
+    with without_collections():
+        trace = replica.serve(source)
+    cache = replica.cache
+    cache.flush()  # all that was written has then been freed, or was lost
+    return Served(trace, replica.answers, cache.written_bytes, cache.read_bytes, cache.freed_bytes)
+
+
+def make_replica(  # noqa: PLR0913  the parts of an engine
+    model: Transformer,
+    batching: Batching,
+    limits: ReplicaLimits,
+    *,
+    seed: int = 0,
+    prompts: Prompts | None = None,
+    sampler: Sampler | None = None,
+    corruption: Corruption | None = None,
+    number: int = 0,
+) -> Replica:
+    """A replica that is warm; see `serve`."""
     vocabulary = model.config.vocab_size
     warm_up(model, limits)
     cache = _cache(model, limits)
     cache.corrupt = cache.prefixes.corrupt = corruption
-    replica = Replica(
+    return Replica(
         model=model,
         cache=cache,
         batching=batching,
         limits=limits,
         prompts=prompts or (lambda request: request_token_ids(seed, request, vocabulary)),
         sampler=sampler or Sampler(),
+        number=number,
     )
-    # A collection in mid-run would be a stall that no policy caused.
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """No garbage collection in mid-run: it would be a stall that no policy caused."""
     gc.collect()
     gc.freeze()
     try:
-        trace = replica.serve(source)
+        yield
     finally:
         gc.unfreeze()
-    cache.flush()  # all that was written has then been freed, or was lost
-    return Served(trace, replica.answers, cache.written_bytes, cache.read_bytes, cache.freed_bytes)
 
 
 def warm_up(model: Transformer, limits: ReplicaLimits) -> None:

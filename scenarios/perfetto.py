@@ -1,6 +1,6 @@
 """A trace for ui.perfetto.dev and chrome://tracing: the JSON trace event format.
 
-Iterations are slices of the replica, requests are asynchronous slices with their phases inside,
+Iterations are slices of their replica, requests are asynchronous slices with their phases inside,
 running and waiting requests and free KV blocks are counters. Times are microseconds there.
 """
 
@@ -13,6 +13,7 @@ from sim.files import whole_file
 from sim.metrics import request_times
 from sim.plot_data import KIND_NAMES, batch_sizes, counts
 from sim.trace import Trace
+from sim.trace_merge import num_replicas
 
 Event = dict[str, Any]
 
@@ -34,8 +35,11 @@ def write(trace: Trace, path: Path) -> Path:
 
 def events(trace: Trace) -> Iterator[Event]:
     """All events: names of tracks, iterations, requests, counters."""
-    yield _name(REPLICAS, 0, "process_name", "replica")
-    yield _name(REPLICAS, 1, "thread_name", "iterations")
+    count = num_replicas(trace)
+    yield _name(REPLICAS, 0, "process_name", "replica" if count == 1 else f"{count} replicas")
+    for number in range(count):
+        name = "iterations" if count == 1 else f"replica {number}: iterations"
+        yield _name(REPLICAS, 1 + number, "thread_name", name)
     yield _name(REQUESTS, 0, "process_name", "requests")
     yield from _iterations(trace)
     yield from _spans(trace)
@@ -51,20 +55,21 @@ def _iterations(trace: Trace) -> Iterator[Event]:
     columns = trace.iterations
     rows = zip(
         columns["start_s"].tolist(), columns["end_s"].tolist(), columns["kind"].tolist(),
-        batch_sizes(trace).tolist(), strict=True,
+        batch_sizes(trace).tolist(), columns["replica"].tolist(), strict=True,
     )  # fmt: skip
-    for start_s, end_s, kind, size in rows:
-        yield _slice(REPLICAS, 1, KIND_NAMES[kind], start_s, end_s) | {"args": {"requests": size}}
+    for start_s, end_s, kind, size, number in rows:
+        bar = _slice(REPLICAS, 1 + number, KIND_NAMES[kind], start_s, end_s)
+        yield bar | {"args": {"requests": size}}
 
 
 def _spans(trace: Trace) -> Iterator[Event]:
     """Each resource of the spans is a track of its own."""
-    columns = trace.spans
+    columns, first = trace.spans, 1 + num_replicas(trace)
     tracks: dict[str, int] = {}
     names = zip(trace.span_names["resource"], trace.span_names["operation"], strict=True)
     for row, (resource, operation) in enumerate(names):
         if resource not in tracks:
-            tracks[resource] = len(tracks) + 2
+            tracks[resource] = len(tracks) + first
             yield _name(REPLICAS, tracks[resource], "thread_name", resource)
         start_s, end_s = float(columns["start_s"][row]), float(columns["end_s"][row])
         args = {"bytes": float(columns["bytes"][row]), "flops": float(columns["flops"][row])}

@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scenarios.plot_style import COLOURS, FREE, INK, STYLE, WAITING, write
 from sim.plot_data import KIND_NAMES, Steps, batch_sizes, counts, end_s, legible_window
 from sim.trace import Trace
+from sim.trace_merge import num_replicas, of_replica
 
 FEW = 400
 """Up to so many bars, each gets an outline of its own."""
@@ -75,15 +76,18 @@ def run_overview(trace: Trace, path: Path, title: str) -> Path:
     """A legible stretch of iterations, and below it queue, batch and KV blocks of the whole run.
 
     Args:
-        trace: of one replica.
+        trace: of one replica or several.
         path: of the PNG, which is replaced.
         title: what ran.
     """
-    window, stop = legible_window(trace), end_s(trace)
+    # Several replicas share no bars: the first one is shown from near, all of them below.
+    near = of_replica(trace, 0) if num_replicas(trace) > 1 else trace
+    title = title if near is trace else f"{title}, replica 0 of {num_replicas(trace)}"
+    window, stop = legible_window(near), end_s(trace)
     found = counts(trace)
     with mpl.rc_context(STYLE):
         figure, (close, queue, blocks) = _figure(3, (11.0, 7.6), heights=(1.5, 1, 0.8))
-        timeline(close, trace, f"{title}: iterations from {window[0]:.3g} s to {window[1]:.3g} s",
+        timeline(close, near, f"{title}: iterations from {window[0]:.3g} s to {window[1]:.3g} s",
                  window)  # fmt: skip
         close.set_xlabel("time (s)")
         _step(queue, found.running, INK, stop, label="running")

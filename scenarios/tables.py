@@ -22,6 +22,7 @@ OTHERS = {
     "goodput_requests_per_s": "goodput",
     "slo_share": "met the SLO",
     "busy_share": "busy",
+    "prefix_hit_share": "of prompt tokens from the prefix cache",
     "flops_utilisation": "of peak FLOP/s",
     "num_preemptions": "pre-emptions",
     "usd_per_million_output_tokens": "price per 1 M output tokens",

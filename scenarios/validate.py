@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scenarios.compose import compose_config, parse, refuse_flags, studies, typed
+from scenarios.study import Study
 from scenarios.tables import console, grid
 from scenarios.validation.options import Fault, Options, split, with_short_chunks
 from scenarios.validation.verdict import Line, Verdict
 from sim.files import claim_folder, whole_folder, write_json
 from sim.policies.batching.base import Batching
+from sim.policies.routing.base import Routing
 from sim.provenance import provenance
 from sim.result import plain
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 ANSWERS = "validation.json"
 PICTURE = "timeline.png"
+TAKEN = ("policy", "accept", "engine.prefix_caching", "num_replicas")
+"""What the validation takes from the study; models, limits and loads are its own."""
 COLOURS = {
     Verdict.passed: "green", Verdict.missed: "bold red", Verdict.too_noisy: "yellow",
     Verdict.not_run: "dim", Verdict.reported: "dim",
@@ -60,22 +64,27 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
     from scenarios.validation.ask import Plan
     from scenarios.validation.timing import ACCEPT_KEYS
 
-    names = _policy_names(study, overrides, config_dir)
-    rest = [text for text in overrides if not text.startswith("policy/batching=")]
-    policies: dict[str, Batching] = {}
-    accept: dict[str, float] = {}
-    prefix_caching = False
-    for name in names:
-        composed = typed(compose_config(study, [*rest, f"policy/batching={name}"], config_dir))
-        policies[name] = with_short_chunks(composed.policy.batching)
-        accept, prefix_caching = dict(composed.accept), composed.engine.prefix_caching
+    families = ("batching", "routing")
+    names = {family: _rule_names(family, study, overrides, config_dir) for family in families}
+    chosen = tuple(f"policy/{family}=" for family in families)
+    rest = [text for text in overrides if not text.startswith(chosen)]
+
+    def composed(family: str, name: str) -> Study:
+        return typed(compose_config(study, [*rest, f"policy/{family}={name}"], config_dir))
+
+    studies_of = {name: composed("batching", name) for name in names["batching"]}
+    policies: dict[str, Batching] = {
+        name: with_short_chunks(one.policy.batching) for name, one in studies_of.items()
+    }
+    last = list(studies_of.values())[-1]
+    accept, prefix_caching = dict(last.accept), last.engine.prefix_caching
     unknown = sorted(set(accept) - set(ACCEPT_KEYS))
     if unknown:
         raise ValueError(
             f"accept names {unknown}, which nothing judges; there are: {', '.join(ACCEPT_KEYS)}"
         )
     for text in rest:
-        if not text.lstrip("+~").startswith(("policy", "accept", "engine.prefix_caching")):
+        if not text.lstrip("+~").startswith(TAKEN):
             warnings.warn(
                 f"{text} has no effect on the validation, which has its own small models and "
                 "workloads; see docs/validation.md",
@@ -87,19 +96,28 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
         )
     out = Path(options.out or Path("runs") / study / "validation")
     claim_folder(out, (ANSWERS, PICTURE), "validation")
-    return Plan(study, options, policies, accept, out, prefix_caching)
+    routings: dict[str, Routing] = {}
+    if last.num_replicas > 1:
+        routings = {name: composed("routing", name).policy.routing for name in names["routing"]}
+    return Plan(
+        study, options, policies, accept, out, prefix_caching, last.num_replicas, routings
+    )  # fmt: skip
 
 
-def _policy_names(study: str, overrides: Sequence[str], config_dir: str | None) -> list[str]:
+def _rule_names(
+    family: str, study: str, overrides: Sequence[str], config_dir: str | None
+) -> list[str]:
     """Rules to validate: those of the command line, else those that the study sweeps."""
+    group = f"policy/{family}"
     for text in reversed(overrides):
-        if text.startswith("policy/batching="):
+        if text.startswith(f"{group}="):
             return text.partition("=")[2].split(",")
+    overrides = [text for text in overrides if not text.startswith("policy/")]
     config = compose_config(study, overrides, config_dir, with_hydra=True)
-    swept = (config.hydra.sweeper.params or {}).get("policy/batching")
+    swept = (config.hydra.sweeper.params or {}).get(group)
     if swept:
         return [name.strip() for name in swept.split(",")]
-    return [config.hydra.runtime.choices["policy/batching"]]
+    return [config.hydra.runtime.choices[group]]
 
 
 def _show(plan: "Plan", lines: Sequence[Line]) -> None:

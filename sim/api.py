@@ -6,8 +6,11 @@ from collections.abc import Callable
 from sim.cost_shares import cost_shares
 from sim.costs.fitted import Fitted
 from sim.policies.instance_plan.base import InstancePlan
+from sim.policies.routing.prefix_aware import PrefixAware
+from sim.policies.routing.round_robin import RoundRobin
 from sim.processes.pace import Costed
 from sim.processes.replica import simulate
+from sim.processes.router import simulate_replicas
 from sim.provenance import provenance
 from sim.result import Result
 from sim.scenario import Scenario
@@ -72,6 +75,17 @@ def _warnings(scenario: Scenario, setup: Setup) -> list[str]:
             f"node {node.name} has {node.num_gpus} GPUs and one replica uses one; "
             "the others cost nothing here and do nothing"
         )
+    routing = scenario.policy.routing
+    if scenario.num_replicas == 1 and type(routing) is not RoundRobin:
+        found.append(
+            f"policy/routing {type(routing).__name__} has no effect with num_replicas=1; "
+            "there is nothing to choose from"
+        )
+    elif isinstance(routing, PrefixAware) and not setup.limits.prefix_caching:
+        found.append(
+            "policy/routing=prefix_aware follows prefixes that no replica keeps; "
+            "set engine.prefix_caching=true"
+        )
     window = setup.architecture.sliding_window
     if window is not None and setup.max_model_tokens > window:
         found.append(
@@ -83,8 +97,14 @@ def _warnings(scenario: Scenario, setup: Setup) -> list[str]:
 
 def _simulate(scenario: Scenario, setup: Setup, seed: int) -> Trace:
     source = Source(scenario.workload, seed, setup.max_model_tokens)
-    ahead, pace = scenario.engine.schedules_ahead, Costed(setup.cost)
-    return simulate(source, scenario.policy.batching, setup.limits, pace, schedules_ahead=ahead)
+    batching, pace = scenario.policy.batching, Costed(setup.cost)
+    ahead = scenario.engine.schedules_ahead
+    if scenario.num_replicas == 1:
+        return simulate(source, batching, setup.limits, pace, schedules_ahead=ahead)
+    return simulate_replicas(
+        source, scenario.policy.routing, batching, setup.limits,
+        [pace] * scenario.num_replicas, schedules_ahead=ahead,
+    )  # fmt: skip
 
 
 def _require_one_group(plan: InstancePlan) -> None:

@@ -244,13 +244,24 @@ def met_slo(times: RequestTimes, slo: Slo) -> NDArray[np.bool_]:
     return met
 
 
-def busy_share(trace: Trace) -> float:
-    """Share of the time from the first arrival to the last token in which an iteration ran."""
+def busy_share(trace: Trace, num_replicas: int = 1) -> float:
+    """Share of the time from the first arrival to the last token in which an iteration ran.
+
+    The mean over so many replicas.
+    """
     iterations = trace.iterations
     if not len(iterations["start_s"]):
         return 0.0
-    span = iterations["end_s"][-1] - trace.requests["arrival_s"].min()
-    return float((iterations["end_s"] - iterations["start_s"]).sum() / span)
+    span = iterations["end_s"].max() - trace.requests["arrival_s"].min()
+    busy_s = (iterations["end_s"] - iterations["start_s"]).sum()
+    return float(busy_s / span / num_replicas)
+
+
+def reused_share(trace: Trace) -> float:
+    """Hit rate of prefix caching: of the tokens that prefills needed, those that were cached."""
+    reused = int(trace.decision_lists["reused_tokens"].values.sum())
+    computed = int(trace.decision_lists["prefilled_tokens"].values.sum())
+    return reused / max(reused + computed, 1)
 
 
 def _of(events: Mapping[str, Array], state: State) -> Ints:

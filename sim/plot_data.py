@@ -22,7 +22,7 @@ class Steps(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """How full a replica is over time."""
+    """How full a replica, or all replicas together, is over time."""
 
     running: Steps
     """Requests that hold KV."""
@@ -42,15 +42,26 @@ def counts(trace: Trace) -> Counts:
     back = state == State.preempted
     queue_s = np.concatenate((arrival_s, instant_s[seated], instant_s[back]))
     queue = np.repeat([1, -1, 1], [len(arrival_s), int(seated.sum()), int(back.sum())])
-    decisions = trace.decisions
     return Counts(
         running=_steps(instant_s, seated.astype(np.int64) - left),
         waiting=_steps(queue_s, queue),
-        free_blocks=Steps(
-            np.asarray(decisions["instant_s"], np.float64),
-            np.asarray(decisions["free_blocks"], np.int64),
-        ),
+        free_blocks=_free_blocks(trace),
     )
+
+
+def _free_blocks(trace: Trace) -> Steps:
+    """As observed at each decision; the sum over all replicas."""
+    decisions = trace.decisions
+    instant_s = np.asarray(decisions["instant_s"], np.float64)
+    free = np.asarray(decisions["free_blocks"], np.int64)
+    starts = np.flatnonzero(np.diff(decisions["replica"], prepend=-1))
+    if len(starts) < 2:
+        return Steps(instant_s, free)
+    # Rows lie replica by replica; before its first decision a replica is as it was found then.
+    change = np.diff(free, prepend=0)
+    change[starts] = 0
+    steps = _steps(instant_s, change)
+    return Steps(steps.instant_s, steps.value + free[starts].sum())
 
 
 def batch_sizes(trace: Trace) -> Ints:

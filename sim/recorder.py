@@ -8,6 +8,7 @@ import numpy as np
 from sim import trace as schema
 from sim.models.work import IterationShape
 from sim.policies.batching.base import Batch
+from sim.policies.routing.base import RouterView
 from sim.requests import Request
 from sim.trace import Ragged, State, Table, Trace
 
@@ -116,7 +117,7 @@ class Recorder:
         return Trace(
             iterations=self._iterations(decisions),
             requests=self._request_table(),
-            events=_table(schema.EVENTS, self._events),
+            events=_table(schema.EVENTS, self._events, self.replica),
             runs=_table(schema.RUNS, self._runs),
             decisions=decisions,
             decision_lists={name: self._ragged(name) for name in schema.RAGGED},
@@ -160,17 +161,63 @@ class Recorder:
         )
 
 
+class RouteRecorder:
+    """Collects what a router decides and learns."""
+
+    def __init__(self) -> None:
+        self._routes = array("d")
+        self._answers = array("d")
+
+    @property
+    def num_routes(self) -> int:
+        """Requests routed so far."""
+        return len(self._routes) // len(schema.ROUTES)
+
+    @property
+    def num_answers(self) -> int:
+        """Answers known so far."""
+        return len(self._answers) // len(schema.ANSWERS)
+
+    def route(
+        self, request_id: int, instant_s: float, replica: int, delivered_s: float, seen: RouterView
+    ) -> None:
+        """A request is sent to a replica, which has it at `delivered_s`.
+
+        `seen` is the router before that.
+        """
+        requests = seen.outstanding_requests
+        self._routes.extend(
+            (request_id, instant_s, replica, delivered_s, sum(requests),
+             sum(seen.outstanding_tokens), requests[replica], self.num_answers)
+        )  # fmt: skip
+
+    def answer(self, request_id: int, instant_s: float) -> None:
+        """The router learns that an answer is complete."""
+        self._answers.extend((request_id, instant_s))
+
+    def tables(self) -> tuple[Table, Table]:
+        """Routes and answers so far."""
+        return _rows(schema.ROUTES, self._routes), _rows(schema.ANSWERS, self._answers)
+
+
 _WIDTH = len(schema.DECISIONS) - 1
 
 
 def _table(kinds: Mapping[str, str], flat: "array[float]", replica: int | None = None) -> Table:
+    """Columns of rows that were appended one after another, all of one replica."""
+    if replica is None:
+        return _rows(kinds, flat)
+    table = _rows({name: kind for name, kind in kinds.items() if name != "replica"}, flat)
+    count = len(next(iter(table.values())))
+    return {"replica": np.full(count, replica, np.int64), **table}
+
+
+def _rows(kinds: Mapping[str, str], flat: "array[float]") -> Table:
     """Columns of rows that were appended one after another."""
-    names = [name for name in kinds if name != "replica"]
-    rows = np.array(flat).reshape(-1, len(names))
+    # A view, not a copy: millions of rows are held once here and once in the columns.
+    rows = (np.frombuffer(flat) if len(flat) else np.zeros(0)).reshape(-1, len(kinds))
     table: Table = {}
-    if replica is not None:
-        table["replica"] = np.full(len(rows), replica, np.int64)
-    for index, name in enumerate(names):
+    for index, (name, kind) in enumerate(kinds.items()):
         column = rows[:, index]
-        table[name] = column.copy() if kinds[name] == "f" else column.astype(np.int64)
+        table[name] = column.copy() if kind == "f" else column.astype(np.int64)
     return table

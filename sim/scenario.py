@@ -11,6 +11,8 @@ from sim.policies.batching.base import Batching
 from sim.policies.batching.continuous import Continuous
 from sim.policies.instance_plan.base import InstancePlan
 from sim.policies.instance_plan.colocated import Colocated
+from sim.policies.routing.base import Routing
+from sim.policies.routing.round_robin import RoundRobin
 from sim.workload.base import Workload
 from sim.workload.default import Default
 
@@ -70,6 +72,8 @@ class Policies:
     """Which tokens an iteration computes."""
     instance_plan: InstancePlan = field(default_factory=Colocated)
     """Which instances form groups."""
+    routing: Routing = field(default_factory=RoundRobin)
+    """Which replica serves a request; there is nothing to decide with one."""
 
 
 @dataclass(kw_only=True)
@@ -94,6 +98,8 @@ class Scenario:
     """Ranks that share every layer of a replica (tensor parallel)."""
     pp_size: int = 1
     """Stages that share out the layers of a replica (pipeline parallel)."""
+    num_replicas: int = 1
+    """Copies of the model, each on such a machine of its own, behind one router."""
     cost: CostFamily = CostFamily.roofline
     """Where seconds come from."""
     cost_tables: str | None = None
@@ -113,7 +119,7 @@ class Scenario:
     def __post_init__(self) -> None:
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={self.seeds} must be distinct and not negative; try [0, 1, 2]")
-        for name in ("tp_size", "pp_size"):
+        for name in ("tp_size", "pp_size", "num_replicas"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not (self.warm_up >= 0 and self.drain >= 0 and self.warm_up + self.drain < 1):

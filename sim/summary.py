@@ -21,7 +21,7 @@ def summarise(scenario: Scenario, setup: Setup, trace: Trace) -> dict[str, float
     overloaded = metrics.is_overloaded(times)
     window = metrics.steady_window(times, scenario.warm_up, scenario.drain)
     counted = RequestTimes._make(column[window] for column in times)
-    duration_s = float(trace.iterations["end_s"][-1] - times.arrival_s.min())
+    duration_s = float(trace.iterations["end_s"].max() - times.arrival_s.min())
     figures: dict[str, float] = {
         "num_requests": len(times.request),
         "counted_requests": len(counted.request),
@@ -32,7 +32,10 @@ def summarise(scenario: Scenario, setup: Setup, trace: Trace) -> dict[str, float
         "num_preemptions": int(times.num_preemptions.sum()),
         "num_iterations": trace.num_iterations,
         "num_decisions": len(trace.decisions["repeat"]),
-        "busy_share": metrics.busy_share(trace),
+        "busy_share": metrics.busy_share(trace, scenario.num_replicas),
+        "prefix_hit_share": (
+            metrics.reused_share(trace) if scenario.engine.prefix_caching else float("nan")
+        ),
         **_efficiency(scenario, setup, trace, duration_s),
     }
     return figures
@@ -75,18 +78,21 @@ def _efficiency(
     done = work_done(trace, setup.architecture, setup.kv_bytes_per_token)
     gpu = scenario.gpu or (scenario.node.gpu if scenario.node else None)
     output = int(trace.requests["output_tokens"].sum())
+    replicas = scenario.num_replicas
     price = gpu.price.usd_per_hour if gpu and gpu.price else None
     power_w = gpu.power.limit_w if gpu and gpu.power else None
     peak = gpu.peak.flops_per_s.get(scenario.model.dtype.value) if gpu else None
     return {
         "flops": done.flops,
-        "flops_utilisation": done.flops / duration_s / peak if peak else float("nan"),
+        "flops_utilisation": done.flops / duration_s / peak / replicas if peak else float("nan"),
         "kv_bytes_written": done.kv_bytes_written,
         "kv_bytes_read": done.kv_bytes_read,
         "usd_per_million_output_tokens": (
-            price * duration_s / 3600 / output * 1e6 if price else float("nan")
+            price * replicas * duration_s / 3600 / output * 1e6 if price else float("nan")
         ),
         "joules_per_output_token_at_power_limit": (
-            power_w * metrics.busy_share(trace) * duration_s / output if power_w else float("nan")
+            power_w * replicas * metrics.busy_share(trace, replicas) * duration_s / output
+            if power_w
+            else float("nan")
         ),
     }

@@ -1,5 +1,5 @@
 # pyright: reportMissingTypeStubs=false
-"""What happened: four tables of one schema, written by both panels.
+"""What happened: tables of one schema, written by both panels.
 
 `spans` (resource, operation, start_s, end_s, flops, bytes, request), `requests`, `iterations` and
 `decisions`. Token times are never stored: a request keeps runs (iteration of its first token,
@@ -42,7 +42,15 @@ REQUESTS = {
     "request": "i", "arrival_s": "f", "prompt_tokens": "i", "output_tokens": "i",
     "max_output_tokens": "i",
 }  # fmt: skip
-EVENTS = {"request": "i", "instant_s": "f", "state": "i"}
+EVENTS = {"replica": "i", "request": "i", "instant_s": "f", "state": "i"}
+ROUTES = {
+    "request": "i", "instant_s": "f", "replica": "i", "delivered_s": "f",
+    "outstanding_requests": "i", "outstanding_tokens": "i", "chosen_requests": "i", "answers": "i",
+}  # fmt: skip
+"""Decisions of a router. `outstanding_...` and `chosen_requests` (those of the chosen replica) were
+observed before, when it knew of so many `answers`; the replica had the request at `delivered_s`."""
+ANSWERS = {"request": "i", "instant_s": "f"}
+"""Answers in the order in which the router learnt of them."""
 RUNS = {"request": "i", "first_iteration": "i", "count": "i"}
 SPANS = {"start_s": "f", "end_s": "f", "flops": "f", "bytes": "f", "request": "i"}
 SPAN_NAMES = ("resource", "operation")
@@ -93,6 +101,9 @@ class Trace:
     the ends of the next `count` iterations that decode."""
     decisions: Mapping[str, Array]
     decision_lists: Mapping[str, Ragged]
+    routes: Mapping[str, Array] = field(default_factory=lambda: empty(ROUTES))
+    """Without rows where there is one replica and no router."""
+    answers: Mapping[str, Array] = field(default_factory=lambda: empty(ANSWERS))
     spans: Mapping[str, Array] = field(default_factory=lambda: empty(SPANS))
     span_names: Mapping[str, list[str]] = field(
         default_factory=lambda: {name: [] for name in SPAN_NAMES}

@@ -16,7 +16,9 @@ from sim.trace import RAGGED, SCHEMA_VERSION, SPAN_NAMES, Array, Ragged, Table, 
 if TYPE_CHECKING:
     import pandas as pd
 
-TABLES = ("iterations", "requests", "events", "runs", "decisions", "spans")
+TABLES = (
+    "iterations", "requests", "events", "runs", "decisions", "spans", "routes", "answers"
+)  # fmt: skip
 STAMP = b"diptych_trace_schema"
 
 

@@ -1,7 +1,9 @@
 """Asks the four questions in their order, each on both panels."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -11,18 +13,21 @@ from backends.kv_cache import Corruption
 from backends.reference import Reference
 from backends.serving import open_model, require_model, serve, use_one_thread
 from backends.transformer import Transformer
+from backends.weights import random_model
 from scenarios import calibrate
 from scenarios.tables import console
 from scenarios.validation import timing
 from scenarios.validation.decisions import exact_lines
 from scenarios.validation.numbers import compare, number_lines
 from scenarios.validation.options import Fault, Options, Question
+from scenarios.validation.routed import RoutedCase, routed_lines
 from scenarios.validation.timing import Runs
 from scenarios.validation.verdict import Line, Verdict
 from sim.costs.base import IterationCost
 from sim.costs.fitted import Fitted
 from sim.costs.fitting import jitter_quantiles
 from sim.policies.batching.base import Batching
+from sim.policies.routing.base import Routing
 from sim.trace import Trace
 from sim.workload.source import Source
 
@@ -38,6 +43,10 @@ class Plan(NamedTuple):
     out: Path
     prefix_caching: bool = False
     """Whether decisions, bytes and numbers are asked of replicas that cache prefixes."""
+    num_replicas: int = 1
+    """Above 1: decisions and bytes are asked of a deployment as well."""
+    routings: Mapping[str, Routing] = MappingProxyType({})
+    """Rules of the router that are asked."""
 
 
 def answer(plan: Plan) -> tuple[list[Line], dict[str, Runs]]:
@@ -84,6 +93,25 @@ def _decisions_and_bytes(plan: Plan, progress: Progress) -> list[Line]:
             name, tiny, batching, count, plan.options.seed, corruption,
             prefix_caching=plan.prefix_caching,
         )  # fmt: skip
+        lines += [line for line in found if Question(line.question) in plan.options.only]
+        progress.advance(task)
+    return lines + (_routed(plan, progress) if plan.num_replicas > 1 else [])
+
+
+def _routed(plan: Plan, progress: Progress) -> list[Line]:
+    """Decisions and bytes of several replicas behind a router, under the last batching policy."""
+    architecture = random_model().config
+    fault, count = plan.options.corrupt, plan.options.sizes.decision_requests
+    corruption = None if fault is Fault.none else Corruption(kind=fault.value, index=count // 20)
+    batching = list(plan.policies.values())[-1]
+    lines: list[Line] = []
+    task = progress.add_task("routing", total=len(plan.routings))
+    for name, routing in plan.routings.items():
+        case = RoutedCase(
+            routing, batching, plan.num_replicas, count, plan.prefix_caching, plan.options.seed,
+            corruption, plan.options.device.value,
+        )  # fmt: skip
+        found = routed_lines(name, case, architecture)
         lines += [line for line in found if Question(line.question) in plan.options.only]
         progress.advance(task)
     return lines

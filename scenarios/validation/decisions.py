@@ -82,7 +82,7 @@ def replay(
         requests["arrival_s"], requests["prompt_tokens"], requests["output_tokens"],
         prefix_hashes=prefix_hashes, hash_block_tokens=hash_block_tokens,
     )  # fmt: skip
-    pace = Replayed(real.decisions["instant_s"].tolist(), float(real.iterations["end_s"][-1]))
+    pace = Replayed.of(real)
     return simulate(Source(again, 0, context), batching, limits, pace, one_by_one=True)
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from sim.costs.base import IterationCost
 from sim.models.work import IterationShape
+from sim.trace import Trace
 
 
 class Pace(Protocol):
@@ -92,6 +93,14 @@ class Replayed:
         """Take the decision instants, increasing, and the end of the last iteration."""
         self._boundaries = [*instants_s, end_s]
         self.start_s = self._boundaries[0]
+
+    @classmethod
+    def of(cls, trace: Trace) -> "Replayed":
+        """The instants of a trace of one replica, whose decisions were logged one by one."""
+        if not trace.num_iterations:
+            return cls([], 0.0)
+        last_s = float(trace.iterations["end_s"][-1])
+        return cls(trace.decisions["instant_s"].tolist(), last_s)
 
     def iteration(self, now_s: float, shape: IterationShape) -> list[float]:
         """From this decision to the next logged one."""

@@ -36,6 +36,7 @@ class Replica:
         one_by_one: bool = False,
         schedules_ahead: bool = False,
         finished: Finished | None = None,
+        number: int = 0,
     ) -> None:
         self.environment = environment
         self.batching = batching
@@ -43,7 +44,7 @@ class Replica:
         self.one_by_one = one_by_one
         self.finished = finished
         self.state = ReplicaState(limits)
-        self.recorder = Recorder()
+        self.recorder = Recorder(number)
         self._memory = batching.init()
         self._idle: Event | None = None
         self._timer: Event | None = None
@@ -54,8 +55,8 @@ class Replica:
         """Iterations of that stretch that `state` already counts."""
         self._joined: list[int] = []
         self._left: list[int] = []
-        self._unseen: deque[Request] | None = deque() if schedules_ahead else None
-        """Arrived after the decision of the iteration under way was due, one iteration ahead."""
+        self._unseen: deque[tuple[float, Request]] | None = deque() if schedules_ahead else None
+        """When they came and which: after the next decision was taken, one iteration ahead."""
         self._decided_s = 0.0
         """Start of the last iteration: when the decision at its end was taken, if ahead."""
         self.process = environment.process(self.serve())
@@ -67,7 +68,7 @@ class Replica:
         if self._unseen is None or self._idle is not None:
             self.state.submit(request)
         else:
-            self._unseen.append(request)
+            self._unseen.append((self.environment.now, request))
             later = 1
         if self._idle is not None:
             self._idle.succeed()
@@ -84,8 +85,8 @@ class Replica:
     def _see(self, *, idle: bool = False) -> None:
         """Let the policy see who had arrived when it decided; `idle`: it decides only now."""
         unseen = self._unseen
-        while unseen and (idle or unseen[0].arrival_s <= self._decided_s):
-            self.state.submit(unseen.popleft())
+        while unseen and (idle or unseen[0][0] <= self._decided_s):
+            self.state.submit(unseen.popleft()[1])
 
     def look(self) -> ReplicaState:
         """The state at the last boundary before now, for whoever looks in from outside.
@@ -228,6 +229,46 @@ class Replica:
         )
 
 
+Submit = Callable[[Request], None]
+"""Takes a request at its arrival."""
+
+
+def _nowhere(request: Request) -> None:
+    raise AssertionError(f"request {request.request_id} came before the feed began")
+
+
+class Feed:
+    """Hands out a source's requests at their arrivals; in a closed loop, after an answer."""
+
+    def __init__(self, environment: ExactEnvironment, source: Source) -> None:
+        self._environment, self._source = environment, source
+        self._submit: Submit = _nowhere
+
+    def start(self, submit: Submit) -> None:
+        """Begin to submit; after the executor's own processes, which sleep at the first arrival."""
+        self._submit = submit
+        self._environment.process(self._arrivals())
+
+    def answered(self, request_id: int, instant_s: float) -> None:
+        """A request has its last token; in a closed loop its client now issues the next one."""
+        following = self._source.after(request_id, instant_s)
+        if following is None:
+            return
+        if following.arrival_s <= instant_s:
+            self._submit(following)
+        else:
+            self._environment.process(self._arrive(following))
+
+    def _arrive(self, request: Request) -> Generator[Event, Any, None]:
+        yield self._environment.arrival(request.arrival_s)
+        self._submit(request)
+
+    def _arrivals(self) -> Generator[Event, Any, None]:
+        for request in self._source.initial():
+            yield self._environment.arrival(request.arrival_s)
+            self._submit(request)
+
+
 def simulate(
     source: Source,
     batching: Batching,
@@ -252,30 +293,12 @@ def simulate(
         ValueError: the policy overbooks blocks or seats, or leaves requests unserved.
     """
     environment = ExactEnvironment()
-
-    def answered(request_id: int, instant_s: float) -> None:
-        following = source.after(request_id, instant_s)
-        if following is None:
-            return
-        if following.arrival_s <= instant_s:
-            replica.submit(following)
-        else:
-            environment.process(_arrive(following))
-
-    def _arrive(request: Request) -> Generator[Event, Any, None]:
-        yield environment.arrival(request.arrival_s)
-        replica.submit(request)
-
-    def arrivals() -> Generator[Event, Any, None]:
-        for request in source.initial():
-            yield environment.arrival(request.arrival_s)
-            replica.submit(request)
-
+    feed = Feed(environment, source)
     replica = Replica(
         environment, batching, limits, pace,
-        one_by_one=one_by_one, schedules_ahead=schedules_ahead, finished=answered,
+        one_by_one=one_by_one, schedules_ahead=schedules_ahead, finished=feed.answered,
     )  # fmt: skip
-    environment.process(arrivals())
+    feed.start(replica.submit)
     environment.run()
     unserved = len(replica.state.waiting) + replica.state.num_running
     if unserved:

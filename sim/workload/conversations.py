@@ -28,7 +28,7 @@ class Conversations(LengthWorkload):
     """
 
     rate_per_s: float
-    """Mean requests per second, all turns counted."""
+    """Mean requests per second, all turns counted, once as many conversations end as begin."""
     num_requests: int
     """How many requests come."""
     turns: float = 4.0

@@ -46,6 +46,22 @@ def test_slices_of_the_replica_do_not_overlap(saved):
     assert all(end <= event["ts"] + 0.002 for end, event in zip(ends, slices[1:], strict=False))
 
 
+def test_each_of_several_replicas_is_a_track_of_its_own(diptych):
+    diptych("run", "-cn", "routing", "workload.num_requests=60", "seeds=[0]", "out=many")
+    code, _, errors = diptych("report", "many")
+    assert (code, errors) == (0, "")
+    trace = load(Path("many")).trace()
+    assert len(trace.routes["request"]) == 60
+    found = list(perfetto.events(trace))
+    names = {event["args"]["name"] for event in found if event["name"] == "thread_name"}
+    assert names == {f"replica {number}: iterations" for number in range(4)}
+    for track in range(1, 5):
+        bars = [event for event in found if event["ph"] == "X" and event["tid"] == track]
+        ends = [event["ts"] + event["dur"] for event in bars]
+        assert bars
+        assert all(e <= event["ts"] + 0.002 for e, event in zip(ends, bars[1:], strict=False))
+
+
 def test_the_same_trace_gives_the_same_picture(saved):
     two = load(Path("b")).trace()
     first = plots.two_panels(saved.trace(), two, Path("one.png")).read_bytes()

@@ -46,6 +46,16 @@ def test_prefix_caching_is_taken_from_the_study(tmp_path):
     assert sum("prompt tokens reused" in line["note"] for line in exact) == 3
 
 
+def test_replicas_behind_a_router_are_asked_too(tmp_path):
+    arguments = ["only=[decisions,bytes]", "decision_requests=40", "policy/batching=continuous"]
+    routed = ["num_replicas=2", "policy/routing=least_loaded", "engine.prefix_caching=true"]
+    code, content, _ = validate(tmp_path, *arguments, *routed)
+    assert code == 0
+    lines = [line for line in content["lines"] if line["metric"].startswith("least_loaded")]
+    assert len(lines) == 2 + 3
+    assert {line["verdict"] for line in lines} == {"passed"}
+
+
 def test_a_stale_block_makes_validate_fail_and_needs_a_cache(tmp_path, capsys):
     arguments = ["only=[decisions]", "decision_requests=80", "corrupt=stale_block"]
     assert main(["validate", "-cn", "replica", f"out={tmp_path / 'none'}", *arguments]) == 2

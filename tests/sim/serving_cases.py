@@ -24,7 +24,9 @@ from sim.workload.recorded import Recorded
 from sim.workload.source import Source
 
 CONTEXT = 1 << 20
-TABLES = ("iterations", "requests", "events", "runs", "decisions", "spans")
+TABLES = (
+    "iterations", "requests", "events", "runs", "decisions", "spans", "routes", "answers"
+)  # fmt: skip
 OTHER_SETTINGS = {
     "continuous": [{"watermark": 0.0}, {"watermark": 0.2}],
     "chunked_prefill": [{"chunk_tokens": 1}, {"chunk_tokens": 7}],

@@ -1,0 +1,56 @@
+"""Routing: which of several replicas serves a request."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from sim.policies.base import Policy
+from sim.requests import RequestView
+
+
+class RouterView(Protocol):
+    """What a router knows of its replicas: what it sent there, and what came back. Read only.
+
+    It sees no queue and no KV cache: those are in other processes.
+    """
+
+    @property
+    def num_replicas(self) -> int:
+        """Replicas to choose from."""
+        ...
+
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens that the KV pool of one replica holds."""
+        ...
+
+    @property
+    def outstanding_requests(self) -> Sequence[int]:
+        """Requests sent to each replica whose answer is not complete."""
+        ...
+
+    @property
+    def outstanding_tokens(self) -> Sequence[int]:
+        """Prompt tokens of these requests."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Routing(Policy):
+    """Decides where a request goes, once, when it arrives."""
+
+    @abstractmethod
+    def choose(self, memory: Any, request: RequestView, view: RouterView) -> int:
+        """The replica that serves a request, from 0.
+
+        Args:
+            memory: what `init` made; the only argument that may change.
+            request: what arrived. The length of its answer is not known.
+            view: the router now. Not changed.
+        """
+
+
+def lightest(loads: Sequence[int], among: Sequence[int] | None = None) -> int:
+    """The replica with the smallest load; of several, the first."""
+    return min(range(len(loads)) if among is None else among, key=loads.__getitem__)
