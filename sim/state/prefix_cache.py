@@ -97,7 +97,7 @@ class PrefixCache:
         while left:
             entry, _ = self._entry(chain)
             assert entry is not None, "what was found is gone"
-            left -= self._take(chain, entry, left)
+            left -= self._take(chain, entry, min(left, chain.ends[chain.at] - chain.held))
         return found
 
     def store(self, request_id: int, tokens: int) -> tuple[int, int]:
@@ -127,19 +127,12 @@ class PrefixCache:
         chain = self._chains[request_id]
         self._releases += 1
         self._changes += 1
-        left = chain.held
         free: list[Entry] = []
-        for key in chain.keys if left else ():
-            entry = self._first.get(key)
-            while left and entry is not None:
-                left -= entry.blocks
-                entry.refs -= 1
-                if not entry.refs:
-                    entry.released = self._releases
-                    free.append(entry)
-                entry = entry.following
-            if not left:
-                break
+        for entry in self._held(chain):
+            entry.refs -= 1
+            if not entry.refs:
+                entry.released = self._releases
+                free.append(entry)
         chain.held = chain.at = 0
         if not free:
             return 0
@@ -167,17 +160,10 @@ class PrefixCache:
         total = 0
         for request_id in request_ids:
             chain = self._chains[request_id]
-            left = chain.held
-            total += left
-            for key in chain.keys if left else ():
-                entry = self._first.get(key)
-                while left and entry is not None:
-                    left -= entry.blocks
-                    entries[id(entry)] = entry
-                    holders[id(entry)] = holders.get(id(entry), 0) + 1
-                    entry = entry.following
-                if not left:
-                    break
+            total += chain.held
+            for entry in self._held(chain):
+                entries[id(entry)] = entry
+                holders[id(entry)] = holders.get(id(entry), 0) + 1
         given_up = sum(entry.blocks for at, entry in entries.items() if holders[at] == entry.refs)
         return total - given_up
 
@@ -205,6 +191,21 @@ class PrefixCache:
                 self._unlink(entry)
         self.unheld -= dropped
         return dropped
+
+    def _held(self, chain: Chain) -> list[Entry]:
+        """The entries that a chain holds. It may leave a key in its middle and go on in another."""
+        held: list[Entry] = []
+        start = 0
+        for key, end in zip(chain.keys, chain.ends, strict=True):
+            if start >= chain.held:
+                break
+            left, entry = min(end, chain.held) - start, self._first.get(key)
+            while left > 0 and entry is not None:
+                left -= entry.blocks
+                held.append(entry)
+                entry = entry.following
+            start = end
+        return held
 
     def _find(self, chain: Chain, most: int) -> CachedPrefix:
         get, found, free, start = self._first.get, 0, 0, 0
