@@ -5,10 +5,11 @@ from pathlib import Path
 from hardware_models.schema import Gpu
 from sim.costs.base import IterationCost
 from sim.costs.fitted import Fitted
-from sim.costs.kernel_cost import KernelCost, Kernels
+from sim.costs.kernel_cost import Communication, KernelCost, Kernels, no_communication
 from sim.costs.kernel_model import KernelModel
 from sim.costs.layer_tables import LayerKernels
 from sim.costs.proxy import Proxied
+from sim.costs.replica_communication import link_costs, measured_costs, replica_communication
 from sim.costs.roofline import RooflineKernels
 from sim.costs.silicon import open_tables
 from sim.costs.silicon_kernels import SiliconKernels
@@ -16,6 +17,7 @@ from sim.costs.table_files import read_tables
 from sim.memory import Device
 from sim.models.architecture import Architecture
 from sim.models.parallel import tensor_part
+from sim.node_choice import node_of
 from sim.scenario import CostFamily, Scenario
 
 
@@ -37,7 +39,21 @@ def cost_of(scenario: Scenario, architecture: Architecture, device: Device) -> I
     kernels: Kernels = roofline
     if scenario.cost is CostFamily.profiled:
         kernels = _profiled(scenario, rank, device, roofline)
-    return KernelCost(kernels, scenario.engine.iteration_overhead_s)
+    return KernelCost(
+        kernels, scenario.engine.iteration_overhead_s, _communication(scenario, architecture)
+    )
+
+
+def _communication(scenario: Scenario, architecture: Architecture) -> Communication:
+    sizes = (scenario.tp_size, scenario.pp_size)
+    if sizes == (1, 1):
+        return no_communication
+    node, dtype = node_of(scenario), scenario.model.dtype
+    cost = link_costs(node)
+    profiled = scenario.cost is CostFamily.profiled and scenario.cost_tables is None
+    if profiled and node.gpu is not None:
+        cost = measured_costs(node.gpu, node, dtype.value, scenario.engine.framework)
+    return replica_communication(architecture, sizes, dtype.num_bytes, cost)
 
 
 def _roofline(scenario: Scenario, rank: Architecture, device: Device) -> RooflineKernels:

@@ -8,7 +8,6 @@ measuring.
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -16,13 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hardware_models.names import alternatives
+from sim.costs.collective_silicon import SYSTEMS, silicon_folder
 
-SYSTEMS = {
-    "a100_80g": "a100_sxm",
-    "h200": "h200_sxm",
-    "rtx_pro_6000": "rtx_pro_6000_server",
-}
-"""Our names of GPUs where they differ from the package's."""
 DTYPES = {"bf16": "bfloat16", "fp8": "fp8"}
 """Our names of element types and the tables'."""
 MILLISECOND_S = 1e-3
@@ -90,13 +84,7 @@ def open_tables(gpu: str, framework: str, version: str | None) -> Silicon:
     Raises:
         ValueError: the package is not installed, or has nothing for this GPU; says what there is.
     """
-    spec = find_spec("aiconfigurator_core")
-    if spec is None or spec.origin is None:
-        raise ValueError(
-            "cost=profiled reads the tables of aiconfigurator-core, which is not installed; "
-            "`pip install 'diptych[silicon]'`, or give cost_tables=FOLDER with your own"
-        )
-    systems = Path(spec.origin).parent / "systems" / "data"
+    systems = silicon_folder()
     folder = systems / SYSTEMS.get(gpu, gpu)
     if not any(folder.glob("gemm/*/*/*.parquet")):
         known = sorted(path.parents[2].parent.name for path in systems.glob("*/gemm/*/*/*.parquet"))
