@@ -82,7 +82,10 @@ class KernelCost:
         if shape.prefill_tokens:
             return seconds.plus(self.kernels.prompt_attention(shape))
         if shape.num_decodes:
-            return seconds.plus(self.kernels.decode_source(shape.num_decodes, shape.decode_context))
+            split = self.kernels.decode_source(shape.num_decodes, shape.decode_context)
+            # The curve is straight between the points that it is drawn through.
+            curve_s = self._curve(shape.num_decodes).at(shape.decode_context)
+            return seconds.plus(split.times(curve_s / split.total))
         return seconds
 
     def _parts(self, tokens: int, sampled: int) -> Seconds:

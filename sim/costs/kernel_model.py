@@ -13,7 +13,7 @@ from hardware_models.schema import Cpu, Gpu, peak_flops_per_s
 
 TILE_ROWS, TILE_COLUMNS = 128, 64
 """A matrix product's tile; fewer rows than that waste the rest of it."""
-MIN_TILE_ROWS = 64
+MIN_TILE_ROWS = 16
 SPLIT_DEPTH = 256
 """Inner length that a thread block keeps at least when idle SMs share a tile's inner loop."""
 KEYS_PER_SPLIT = 256
@@ -41,7 +41,7 @@ class KernelModel:
     """Of the peak bandwidth."""
     launch_s: float = 2e-6
     """Start and end of a small kernel inside a CUDA graph."""
-    depth_s: float = 3e-8
+    depth_s: float = 3.5e-8
     """Latency of a product's inner loop, for each square root of its length."""
     attention_launch_s: float = 9e-6
     """As `launch_s` for attention, whose work is planned first."""

@@ -1,0 +1,77 @@
+"""What real engines choose for a device, and what is left of its memory."""
+
+import pytest
+
+from hardware_models.parts import load_gpu
+from sim.engine import Engine
+from sim.engine_profiles import ENGINES, VLLM_V1, batch_limits
+from sim.models.architecture import load_architecture
+from sim.models.parallel import stage_part, tensor_part
+from sim.models.parameters import kv_bytes_per_token, total_parameters, weight_bytes
+from sim.scenario import Model, Scenario
+from sim.setup import prepare
+
+
+@pytest.mark.parametrize(
+    ("gpu", "limits"),
+    [("h100_sxm", (1024, 8192)), ("h200", (1024, 8192)), ("rtx_pro_6000", (1024, 8192)),
+     ("a100_80g", (256, 2048)), ("l40s", (256, 2048)), ("rtx_4090", (256, 2048))],
+)  # fmt: skip
+def test_vllm_takes_larger_batches_on_large_devices_but_the_a100(
+    gpu: str, limits: tuple[int, int]
+) -> None:
+    assert batch_limits(VLLM_V1, load_gpu(gpu)) == limits
+
+
+def test_limits_that_are_given_are_kept() -> None:
+    engine = Engine(max_num_seqs=64, max_num_batched_tokens=None)
+    assert batch_limits(engine, load_gpu("h100_sxm")) == (64, 8192)
+    with pytest.raises(ValueError, match=r"max_num_batched_tokens=512 must be at least .*=1024"):
+        batch_limits(Engine(max_num_seqs=None, max_num_batched_tokens=512), load_gpu("h100_sxm"))
+
+
+def test_every_profile_is_known_by_its_own_name() -> None:
+    assert {name: engine.name for name, engine in ENGINES.items()} == {
+        name: name for name in ENGINES
+    }
+
+
+def pool_bytes(gpu: str, model: str, **fields: int) -> float:
+    setup = prepare(Scenario(gpu=load_gpu(gpu), model=Model(name=model), engine=VLLM_V1, **fields))
+    ranks = fields.get("tp_size", 1)
+    return setup.limits.num_blocks * 16 * setup.kv_bytes_per_token / ranks
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "published_gib"),
+    [("llama_3_1_8b", 1, 51.38), ("qwen3_32b", 1, 4.45), ("qwen3_32b", 2, 34.49)],
+)
+def test_the_pool_is_about_what_vllm_reported(model: str, ranks: int, published_gib: float) -> None:
+    """ "vLLM Empirical Memory Profiling Results", vLLM 0.11 on H100; all is within half a GiB."""
+    found_gib = pool_bytes("h100_sxm", model, tp_size=ranks) / 2**30
+    assert found_gib == pytest.approx(published_gib, abs=0.5)
+
+
+def test_cards_with_error_correction_in_their_memory_have_less_of_it() -> None:
+    for name in ("a10g", "a40", "l40s", "l20"):
+        gpu = load_gpu(name)
+        assert gpu.usable_memory_bytes == gpu.peak.memory_bytes * 15 // 16
+    assert load_gpu("a100_80g").usable_memory_bytes == load_gpu("a100_80g").peak.memory_bytes
+
+
+@pytest.mark.parametrize("model", ["llama_3_8b", "mixtral_8x7b", "qwen3_32b"])
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_ranks_together_hold_the_model_and_its_norms_once_each(model: str, tp_size: int) -> None:
+    whole = load_architecture(model)
+    part = tensor_part(whole, tp_size)
+    shared = total_parameters(part) * tp_size - total_parameters(whole)
+    # What every rank repeats: norms, and the routers of experts.
+    assert 0 <= shared < 0.001 * tp_size * total_parameters(whole)
+    assert kv_bytes_per_token(part, 2) * tp_size == kv_bytes_per_token(whole, 2)
+
+
+def test_stages_share_out_the_layers() -> None:
+    whole = load_architecture("llama_3_8b")
+    stages = [stage_part(whole, 3, stage).num_layers for stage in range(3)]
+    assert stages == [11, 11, 10]
+    assert weight_bytes(stage_part(whole, 2), 2) < 0.6 * weight_bytes(whole, 2)
