@@ -15,6 +15,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import MISSING, OmegaConf
 
+from scenarios.launchers.choose import register as register_launchers
 from scenarios.study import Study
 from sim.engine import Engine
 from sim.models.architecture import known_architectures
@@ -61,6 +62,7 @@ def register(folders: Sequence[Path] = ()) -> None:
     for name in known_architectures():
         store.store(group="model", name=name, node=Model(name=name))
     store.store(group="engine", name="diptych", node=Engine)
+    register_launchers()
     store.store(name=RECORD, node=_study())
     store.store(name=SCHEMA, node={"defaults": defaults()})
 
