@@ -7,7 +7,6 @@ are set in a copy of it by Hydra's own function.
 
 import copy
 from collections.abc import Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from scenarios.register import register
 
 Point = tuple[str, ...]
 """Overrides, as on the command line, that make a point of a study."""
-OURS = ("out", "resume")
+OURS = ("out", "resume", "search")
 """Keys of a study that say what becomes of its sweep, not what it simulates."""
 
 
@@ -45,8 +44,8 @@ class Composer:
             self._loader = GlobalHydra.instance().config_loader()
         self._parser = OverridesParser.create(config_loader=self._loader)
 
-    def values(self, overrides: Sequence[str], params: Mapping[str, Any]) -> dict[str, list[str]]:
-        """The overrides that each key takes, one after another, in a sweep.
+    def chosen(self, overrides: Sequence[str], params: Mapping[str, Any]) -> dict[str, Override]:
+        """What is said of each key of a sweep or a search.
 
         Args:
             overrides: of a command line.
@@ -54,15 +53,14 @@ class Composer:
                 command line says of the same key is put in its place.
 
         Raises:
-            ValueError: an override cannot be read, or names no end of values.
+            ValueError: an override cannot be read.
         """
         try:
             parsed = [
                 *self._parser.parse_overrides([f"{key}={value}" for key, value in params.items()]),
                 *self._parser.parse_overrides(list(overrides)),
             ]
-            chosen = {one.get_key_element(): one for one in parsed if not _is_ours(one)}
-            return {key: _values(one) for key, one in chosen.items()}
+            return {one.get_key_element(): one for one in parsed if not _is_ours(one)}
         except HydraException as error:
             raise ValueError(explain(error)) from error
 
@@ -102,11 +100,6 @@ class Composer:
         return not self._groups[key] or isinstance(override.value(), dict)
 
 
-def every(values: Mapping[str, Sequence[str]]) -> list[Point]:
-    """Every combination of the values of all keys."""
-    return list(product(*values.values()))
-
-
 def each_value_once(values: Mapping[str, Sequence[str]]) -> list[Point]:
     """Points that together have every value, first values first."""
     first = {key: these[0] for key, these in values.items()}
@@ -114,7 +107,12 @@ def each_value_once(values: Mapping[str, Sequence[str]]) -> list[Point]:
     return [tuple(first.values()), *(tuple({**first, key: one}.values()) for key, one in others)]
 
 
-def _values(override: Override) -> list[str]:
+def discrete_values(override: Override) -> list[str]:
+    """The overrides, one for each value, that one with commas or a range stands for.
+
+    Raises:
+        ValueError: it names none, or no end of them.
+    """
     key = override.get_key_element()
     if not override.is_sweep_override():
         return [str(override.input_line)]
@@ -130,4 +128,4 @@ def _values(override: Override) -> list[str]:
 
 
 def _is_ours(override: Override) -> bool:
-    return override.is_hydra_override() or override.key_or_group in OURS
+    return override.is_hydra_override() or override.key_or_group.partition(".")[0] in OURS

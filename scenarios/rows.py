@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,21 +92,27 @@ def read(root: Path) -> list[Row]:
         Damaged: a file of them is not what was written.
     """
     try:
-        return sorted((read_one(path) for path in _files(root)), key=_order)
+        return sorted((read_one(path) for path in _files(root)), key=order)
     except Damaged as error:
         raise Damaged(f"{error}; the same sweep with resume=true does its point again") from error
 
 
-def show(found: Sequence[Row]) -> None:
-    """Print what differs between points and their main figures, then what failed and why."""
+def show(found: Sequence[Row], first: Mapping[str, str] | None = None) -> None:
+    """Print what differs between points and their main figures, then what failed and why.
+
+    Args:
+        found: the rows.
+        first: figures to print before the others, with their headings.
+    """
+    headings = {**(first or {}), **SHOWN}
     keys = union(row["choices"] for row in found)
     varying = [key for key in keys if len({row["choices"].get(key) for row in found}) > 1]
     heads = [key.split(".")[-1].removeprefix("policy/") for key in varying]
-    table = tables.grid(None, *heads, *SHOWN.values(), left=len(varying))
+    table = tables.grid(None, *heads, *headings.values(), left=len(varying))
     for row in found:
         if not row["error"]:
             chosen = [row["choices"].get(key, "") for key in varying]
-            table.add_row(*chosen, *_cells(row["figures"]))
+            table.add_row(*chosen, *_cells(row["figures"], headings))
     out = tables.console()
     out.print(table)
     failed = [row for row in found if row["error"]]
@@ -117,9 +123,9 @@ def show(found: Sequence[Row]) -> None:
         out.print(f"{len(failed)} of {len(found)} points failed")
 
 
-def _cells(row: Mapping[str, float | None]) -> list[str]:
+def _cells(row: Mapping[str, float | None], names: Iterable[str]) -> list[str]:
     cells: list[str] = []
-    for name in SHOWN:
+    for name in names:
         value = row.get(name)
         latency = name.startswith(tuple(tables.LATENCIES))
         if value is None:
@@ -134,7 +140,7 @@ def _files(root: Path) -> list[Path]:
     return sorted((root / FOLDER).glob("[!.]*.json"))
 
 
-def _order(row: Row) -> list[tuple[str, float, str]]:
+def order(row: Row) -> list[tuple[str, float, str]]:
     """Numbers among each other by size, words by alphabet."""
     return [(key, _as_number(value), value) for key, value in sorted(row["choices"].items())]
 

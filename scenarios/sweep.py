@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
@@ -22,9 +23,10 @@ from scenarios.folders import user_folders
 from scenarios.launchers.base import Launcher, Run
 from scenarios.launchers.choose import launcher
 from scenarios.point import Job
-from scenarios.points import Composer
+from scenarios.points import Composer, discrete_values
 from scenarios.progress import Telling
 from scenarios.saving import digest
+from scenarios.search_space import Interval, Space
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Plan:
 
     job: Job
     launcher: Launcher
-    values: Mapping[str, list[str]]
-    """The overrides that each key takes."""
+    space: Space
+    """What its points choose from."""
 
     @property
     def root(self) -> Path:
@@ -55,8 +57,8 @@ def sweep(command: Command) -> int:
             f"hydra/sweeper={config.hydra.runtime.choices['hydra/sweeper']} has no place here; a "
             "sweep tries every combination, and `diptych search` looks for the best"
         )
-    plan = settle(command, config, config.hydra.sweeper.params or {}, "sweep")
-    todo = points.every(plan.values)
+    plan = settle(command, config, config.hydra.sweeper.params or {}, discrete_values)
+    todo = plan.space.every()
 
     def run_all(run: Run) -> None:
         with Telling(plan.job.study, len(todo)) as telling:
@@ -81,7 +83,12 @@ def base(command: Command) -> DictConfig:
     return compose_config(command.study, shared, command.config_dir, with_hydra=True)
 
 
-def settle(command: Command, config: DictConfig, params: Mapping[str, Any], what: str) -> Plan:
+def settle(
+    command: Command,
+    config: DictConfig,
+    params: Mapping[str, Any],
+    read: Callable[[Override], list[str] | Interval],
+) -> Plan:
     """Check everything that can be checked before a point runs.
 
     Every value is composed once, so that what no point can be is refused here.
@@ -90,7 +97,7 @@ def settle(command: Command, config: DictConfig, params: Mapping[str, Any], what
         command: as it was typed.
         config: its `base`.
         params: values of keys beside those of the command line, in Hydra's words.
-        what: sweep or search, which names its folder.
+        read: what an override lets a point choose.
 
     Raises:
         ValueError: a value, launcher or folder that is refused.
@@ -99,11 +106,12 @@ def settle(command: Command, config: DictConfig, params: Mapping[str, Any], what
     folders = user_folders(command.config_dir)
     chosen = launcher(config)
     composer = Composer(command.study, folders)
-    values = composer.values(command.overrides, params)
-    named = digest([sorted(values.items()), configuration_text(config)])
-    out = Path(config.out or Path("runs") / command.study / f"{what}-{named}")
+    axes = {key: read(one) for key, one in composer.chosen(command.overrides, params).items()}
+    space = Space(axes)
+    named = digest([sorted(space.ends().items()), configuration_text(config)])
+    out = Path(config.out or Path("runs") / command.study / f"sweep-{named}")
     root = sweep_folder.claim(out)
-    for point in points.each_value_once(values):
+    for point in points.each_value_once(space.ends()):
         composer.compose(point)
     job = Job(
         study=command.study,
@@ -112,7 +120,7 @@ def settle(command: Command, config: DictConfig, params: Mapping[str, Any], what
         place=str(Path.cwd()),
         resume=bool(config.resume),
     )
-    return Plan(job, chosen, values)
+    return Plan(job, chosen, space)
 
 
 def go(plan: Plan, run_all: Callable[[Run], None]) -> int:

@@ -76,6 +76,7 @@ def _efficiency(
     gpu = scenario.gpu or (scenario.node.gpu if scenario.node else None)
     output = int(trace.requests["output_tokens"].sum())
     price = gpu.price.usd_per_hour if gpu and gpu.price else None
+    rent = price * num_gpus(scenario) if price else None
     power_w = gpu.power.limit_w if gpu and gpu.power else None
     peak = gpu.peak.flops_per_s.get(scenario.model.dtype.value) if gpu else None
     return {
@@ -83,10 +84,17 @@ def _efficiency(
         "flops_utilisation": done.flops / duration_s / peak if peak else float("nan"),
         "kv_bytes_written": done.kv_bytes_written,
         "kv_bytes_read": done.kv_bytes_read,
+        "num_gpus": num_gpus(scenario),
+        "usd_per_hour": rent if rent else float("nan"),
         "usd_per_million_output_tokens": (
-            price * duration_s / 3600 / output * 1e6 if price else float("nan")
+            rent * duration_s / 3600 / output * 1e6 if rent else float("nan")
         ),
         "joules_per_output_token_at_power_limit": (
             power_w * metrics.busy_share(trace) * duration_s / output if power_w else float("nan")
         ),
     }
+
+
+def num_gpus(scenario: Scenario) -> int:
+    """GPUs that are paid for: those that serve. A replica uses one, however many its node has."""
+    return 1 if scenario.gpu or (scenario.node and scenario.node.gpu) else 0

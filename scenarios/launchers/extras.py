@@ -22,6 +22,19 @@ def missing(launcher: str) -> str:
     )
 
 
+def require_optuna() -> None:
+    """Refuse a search where its library is not installed.
+
+    Raises:
+        ValueError: it is missing; the message names the extra.
+    """
+    if not installed("optuna"):
+        raise ValueError(
+            "`diptych search` needs the package optuna, which is not installed; "
+            "pip install 'diptych[search]'"
+        )
+
+
 def installed(package: str) -> bool:
     """Whether a package can be imported."""
     try:

@@ -35,8 +35,8 @@ class JoblibWorkers(Launcher):
     def __post_init__(self) -> None:
         if self.n_jobs != -1 and self.n_jobs < 1:
             raise ValueError(
-                f"hydra.launcher.n_jobs={self.n_jobs} must be at least 1, or -1 for as many as there "
-                "are processors"
+                f"hydra.launcher.n_jobs={self.n_jobs} must be at least 1, or -1 for as many as "
+                "there are processors"
             )
 
     @contextmanager
