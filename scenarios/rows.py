@@ -58,6 +58,12 @@ def slug(chosen: Mapping[str, str]) -> str:
     return f"{text[:80]}-{digest(chosen)}".lstrip("-.")
 
 
+def varying(found: Sequence[Row]) -> list[str]:
+    """The keys in which points differ."""
+    keys = union(row["choices"] for row in found)
+    return [key for key in keys if len({row["choices"].get(key) for row in found}) > 1]
+
+
 def path_of(root: Path, chosen: Mapping[str, str]) -> Path:
     """The file of a point's row."""
     return root / FOLDER / f"{digest(chosen)}.json"
@@ -105,13 +111,12 @@ def show(found: Sequence[Row], first: Mapping[str, str] | None = None) -> None:
         first: figures to print before the others, with their headings.
     """
     headings = {**(first or {}), **SHOWN}
-    keys = union(row["choices"] for row in found)
-    varying = [key for key in keys if len({row["choices"].get(key) for row in found}) > 1]
-    heads = [key.split(".")[-1].removeprefix("policy/") for key in varying]
-    table = tables.grid(None, *heads, *headings.values(), left=len(varying))
+    differing = varying(found)
+    heads = [key.split(".")[-1].removeprefix("policy/") for key in differing]
+    table = tables.grid(None, *heads, *headings.values(), left=len(differing))
     for row in found:
         if not row["error"]:
-            chosen = [row["choices"].get(key, "") for key in varying]
+            chosen = [row["choices"].get(key, "") for key in differing]
             table.add_row(*chosen, *_cells(row["figures"], headings))
     out = tables.console()
     out.print(table)

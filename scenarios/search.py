@@ -1,8 +1,8 @@
 """`diptych search`: the best configuration of a study's space, such as the cheapest within the SLO.
 
-Optuna's own API, because `hydra-optuna-sweeper` needs Optuna below 3, knows neither constraints nor
-a space that is tried in full, and keeps its trials apart from the tables of sweeps. A trial is a point
-of a sweep: it runs on any launcher, is a row of the same table, and is resumed in the same way.
+Optuna's own API, because `hydra-optuna-sweeper` needs Optuna below 3, knows neither constraints
+nor a space that is tried in full, and keeps its trials apart from the tables of sweeps. A trial is
+a point of a sweep: it runs on any launcher, is a row of the same table, and is resumed likewise.
 """
 
 from collections.abc import Mapping, Sequence
@@ -82,8 +82,8 @@ def _search_of(config: Any, study: str) -> Search:
     """
     if config.search is None:
         raise ValueError(
-            f"study {study} has nothing to search; add `search:` with a `space:` to it, or sweep it "
-            "with `diptych run -m`"
+            f"study {study} has nothing to search; add `search:` with a `space:` to it, or sweep "
+            "it with `diptych run -m`"
         )
     try:
         search: Any = OmegaConf.to_object(config.search)

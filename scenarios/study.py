@@ -48,7 +48,7 @@ class Search:
 
     def __post_init__(self) -> None:
         if not self.space:
-            raise ValueError("search.space is empty; name a key and its values, as gpu: [l40s, h20]")
+            raise ValueError("search.space is empty; name keys and values, as gpu: [l40s, h20]")
         if not 0 < self.met_share <= 1:
             raise ValueError(f"search.met_share={self.met_share} must be above 0 and at most 1")
         for name in ("num_trials", "batch"):

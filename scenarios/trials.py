@@ -59,7 +59,7 @@ class Trials:
         return min(self.judged, key=lambda point: (self.judged[point].violation, point))
 
     def run(self, space: Space, run_batch: RunBatch) -> None:
-        """Try the whole space where the number of trials allows, else what Optuna's TPE suggests."""
+        """Try the whole space where `num_trials` allows, else what Optuna's TPE suggests."""
         if space.size <= self.search.num_trials:
             points = space.every()
             for point, row in run_batch(points).items():

@@ -39,5 +39,5 @@ def installed(package: str) -> bool:
     """Whether a package can be imported."""
     try:
         return find_spec(package) is not None
-    except ModuleNotFoundError:  # the package around it is missing
+    except (ModuleNotFoundError, ValueError):  # the package around it is missing, or hidden
         return False
