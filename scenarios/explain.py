@@ -36,6 +36,8 @@ def _unknown_key(cause: Any) -> str:
     key = str(cause.full_key)
     if "/" in key:
         return f"{key} is not a group of choices; `diptych list` shows them"
+    if cause.object_type is dict:
+        return f"{key} is a new key; add it with a plus sign, as +{key}=VALUE"
     known = getattr(cause.object_type, "__dataclass_fields__", ())
     name = key.rpartition(".")[2]
     return (

@@ -6,7 +6,6 @@ Only strings travel to a worker. It finds the user's own policies and parts in t
 import os
 import warnings
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +30,9 @@ class Job:
     place: str
     """Working directory: relative paths in a study begin there."""
     resume: bool
+
+
+_composers: dict[Job, Composer] = {}
 
 
 class Outcome(NamedTuple):
@@ -103,6 +105,13 @@ def _taken(root: Path, chosen: dict[str, str], name: str, level: Save) -> bool:
         return False
 
 
-@cache
+def remember(job: Job, composer: Composer) -> None:
+    """Let the points of a job that run in this process use what was composed already."""
+    _composers.clear()
+    _composers[job] = composer
+
+
 def _composer(job: Job) -> Composer:
-    return Composer(job.study, [Path(folder) for folder in job.folders])
+    if job not in _composers:
+        remember(job, Composer(job.study, [Path(folder) for folder in job.folders]))
+    return _composers[job]

@@ -75,8 +75,12 @@ def write(root: Path, row: Row) -> None:
     write_json(path_of(root, row["choices"]), {**content, DIGEST: digest(content)})
 
 
-def read_one(path: Path) -> Row:
+def read_one(path: Path, name: Path | None = None) -> Row:
     """A row as it was written.
+
+    Args:
+        path: where it is.
+        name: what to call it, if it was moved.
 
     Raises:
         Damaged: the file is not what was written.
@@ -84,10 +88,10 @@ def read_one(path: Path) -> Row:
     try:
         row = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise Damaged(f"{path} is damaged ({error})") from error
+        raise Damaged(f"{name or path} is damaged ({error})") from error
     content = {k: v for k, v in row.items() if k != DIGEST} if isinstance(row, dict) else {}
     if not content or row.get(DIGEST) != digest(content):
-        raise Damaged(f"{path} is damaged (its content was changed after it was written)")
+        raise Damaged(f"{name or path} is damaged (its content was changed after it was written)")
     return content
 
 

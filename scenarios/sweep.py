@@ -22,7 +22,7 @@ from scenarios.explain import explain
 from scenarios.folders import user_folders
 from scenarios.launchers.base import Launcher, Run
 from scenarios.launchers.choose import launcher
-from scenarios.point import Job
+from scenarios.point import Job, remember
 from scenarios.points import Composer, discrete_values
 from scenarios.progress import Telling
 from scenarios.saving import digest
@@ -120,6 +120,7 @@ def settle(
         place=str(Path.cwd()),
         resume=bool(config.resume),
     )
+    remember(job, composer)
     return Plan(job, chosen, space)
 
 

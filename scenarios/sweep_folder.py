@@ -58,7 +58,7 @@ def take(root: Path, chosen: Mapping[str, str], identity: str, level: Save) -> b
     path = root / BEFORE / rows.FOLDER / target.name
     if not path.exists():
         return False
-    row = rows.read_one(path)
+    row = rows.read_one(path, target)
     if row["identity"] != identity or row["error"]:
         return False
     _require_result(root / POINTS / rows.slug(chosen), row, level)
