@@ -53,7 +53,7 @@ class RayTasks(Launcher):
 
         here = {"address": "local", "num_cpus": self.num_cpus, **QUIET}
         there = {"address": self.address, "log_to_driver": False, "logging_level": "ERROR"}
-        ray.init(**{**(there if self.address else here), **self.init})
+        _join({**(there if self.address else here), **self.init})
         # Without retries: Ray would do the point of a worker that died again, and so would a
         # point that is too large for the machine kill one worker after another.
         task = ray.remote(**{"num_cpus": 1, "max_retries": 0, **self.remote})(do_elsewhere)
@@ -62,6 +62,20 @@ class RayTasks(Launcher):
             yield lambda points: _run(job, points, lambda point: task.remote(shared, point))
         finally:
             ray.shutdown()
+
+
+def _join(settings: dict[str, Any]) -> None:
+    """`ray.init`, up to three times: Ray gives a local cluster 30 s to start, whatever the load."""
+    import ray
+
+    for left in (2, 1, 0):
+        try:
+            ray.init(**settings)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if not left or "timed out during startup" not in str(error):
+                raise
 
 
 def _run(job: Job, points: Sequence[Point], submit: Any) -> Iterator[Outcome]:

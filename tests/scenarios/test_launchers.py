@@ -59,7 +59,7 @@ def lose_a_worker(diptych, out, *launcher):
     """A sweep of 24 points, one of whose workers is killed, and its resumption in one process."""
     Path("killed").unlink(missing_ok=True)
     code, _, said = diptych(*SWEEP, f"out={out}", *launcher)
-    assert code == 1
+    assert code == 1, said
     assert said.count("failed: ") == 1
     assert said.count("done: ") == 23
     assert "Traceback" not in said
