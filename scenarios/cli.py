@@ -13,6 +13,7 @@ from hardware_models.names import alternatives
 
 COMMANDS = {
     "run": "simulate a study; -m runs its sweep",
+    "search": "the best configuration of a study's space, such as the cheapest within the SLO",
     "validate": "run both panels and tell how far apart they are",
     "calibrate": "measure this machine for cost=fitted and for validate",
     "report": "figures, plots and a Perfetto trace of saved results",

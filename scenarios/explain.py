@@ -5,13 +5,15 @@ from typing import Any
 from hydra.errors import MissingConfigException, OverrideParseException
 
 from hardware_models.names import alternatives
+from scenarios.launchers import extras
 
 
 def explain(error: BaseException) -> str:
     """One message of an error of composing; that of any other error as it is."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={name} is not known; {alternatives(name, error.options)}"
+        to_install = extras.missing(name) if group == "hydra/launcher" else ""
+        return to_install or f"{group}={name} is not known; {alternatives(name, error.options)}"
     if isinstance(error, OverrideParseException):
         reason = str(error).splitlines()[0]
         return f"{error.override} cannot be read ({reason}); quote or escape what is special in it"
@@ -34,6 +36,8 @@ def _unknown_key(cause: Any) -> str:
     key = str(cause.full_key)
     if "/" in key:
         return f"{key} is not a group of choices; `diptych list` shows them"
+    if cause.object_type is dict:
+        return f"{key} is a new key; add it with a plus sign, as +{key}=VALUE"
     known = getattr(cause.object_type, "__dataclass_fields__", ())
     name = key.rpartition(".")[2]
     return (

@@ -15,6 +15,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import MISSING, OmegaConf
 
+from scenarios.launchers.choose import register as register_launchers
 from scenarios.study import Study
 from sim.engine import Engine
 from sim.engine_profiles import ENGINES
@@ -63,6 +64,7 @@ def register(folders: Sequence[Path] = ()) -> None:
         store.store(group="model", name=name, node=Model(name=name))
     for name, engine in ENGINES.items():
         store.store(group="engine", name=name, node=_profile(engine), package="_global_")
+    register_launchers()
     store.store(name=RECORD, node=_study())
     store.store(name=SCHEMA, node={"defaults": defaults()})
 

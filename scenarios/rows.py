@@ -1,16 +1,15 @@
-"""Rows of a sweep, one file a point, and the table made of them."""
+"""Rows of a sweep, one file a point, and the table that is printed of them."""
 
-import csv
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from scenarios import tables
 from scenarios.saving import digest
-from sim.files import whole_file, write_json
+from sim.files import write_json
 from sim.result import Figure, plain
 
 FOLDER = "rows"
@@ -23,7 +22,13 @@ SHOWN = {
 }  # fmt: skip
 """Figures of the printed table and their headings; the files hold all, with intervals."""
 
+DIGEST = "digest"
 Row = Mapping[str, Any]
+"""Of a point: `choices`, `identity` (of `saving`), `configuration`, `error`, `figures`."""
+
+
+class Damaged(ValueError):
+    """A file of a sweep is not what was written."""
 
 
 def choices(overrides: Sequence[str]) -> dict[str, str]:
@@ -53,54 +58,70 @@ def slug(chosen: Mapping[str, str]) -> str:
     return f"{text[:80]}-{digest(chosen)}".lstrip("-.")
 
 
-def write(path: Path, row: Row) -> None:
-    """Write a row, complete or not at all."""
-    write_json(path, plain(row))
+def varying(found: Sequence[Row]) -> list[str]:
+    """The keys in which points differ."""
+    keys = union(row["choices"] for row in found)
+    return [key for key in keys if len({row["choices"].get(key) for row in found}) > 1]
+
+
+def path_of(root: Path, chosen: Mapping[str, str]) -> Path:
+    """The file of a point's row."""
+    return root / FOLDER / f"{digest(chosen)}.json"
+
+
+def write(root: Path, row: Row) -> None:
+    """Write a row into its file, complete or not at all, with a digest of its content."""
+    content = plain(row)
+    write_json(path_of(root, row["choices"]), {**content, DIGEST: digest(content)})
+
+
+def read_one(path: Path, name: Path | None = None) -> Row:
+    """A row as it was written.
+
+    Args:
+        path: where it is.
+        name: what to call it, if it was moved.
+
+    Raises:
+        Damaged: the file is not what was written.
+    """
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{name or path} is damaged ({error})") from error
+    content = {k: v for k, v in row.items() if k != DIGEST} if isinstance(row, dict) else {}
+    if not content or row.get(DIGEST) != digest(content):
+        raise Damaged(f"{name or path} is damaged (its content was changed after it was written)")
+    return content
 
 
 def read(root: Path) -> list[Row]:
-    """All rows of a sweep, sorted by what their points chose."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in _files(root)]
-    return sorted(found, key=_order)
+    """All rows of a sweep, sorted by what their points chose.
+
+    Raises:
+        Damaged: a file of them is not what was written.
+    """
+    try:
+        return sorted((read_one(path) for path in _files(root)), key=order)
+    except Damaged as error:
+        raise Damaged(f"{error}; the same sweep with resume=true does its point again") from error
 
 
-def write_tables(found: Sequence[Row], root: Path) -> None:
-    """Write `sweep.csv` and `sweep.parquet`: choices, error, figures; one row a point."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def show(found: Sequence[Row], first: Mapping[str, str] | None = None) -> None:
+    """Print what differs between points and their main figures, then what failed and why.
 
-    keys = _union(row["choices"] for row in found)
-    names = _union(row["figures"] for row in found)
-    with whole_file(root / TABLE) as building, building.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*keys, "error", *names])
-        for row in found:
-            values = [row["figures"].get(name) for name in names]
-            chosen = [row["choices"].get(key, "") for key in keys]
-            writer.writerow(
-                [*chosen, row["error"], *("" if v is None else repr(v) for v in values)]
-            )
-    columns = {
-        key: pa.array([row["choices"].get(key) for row in found], pa.string()) for key in keys
-    }
-    columns["error"] = pa.array([row["error"] for row in found], pa.string())
-    for name in names:
-        values = [row["figures"].get(name) for row in found]
-        columns[name] = pa.array([None if v is None else float(v) for v in values], pa.float64())
-    with whole_file(root / PARQUET) as building:
-        pq.write_table(pa.table(columns), building)
-
-
-def show(found: Sequence[Row]) -> None:
-    """Print what differs between points and their main figures, then what failed and why."""
-    keys = _union(row["choices"] for row in found)
-    varying = [key for key in keys if len({row["choices"].get(key) for row in found}) > 1]
-    heads = [key.split(".")[-1].removeprefix("policy/") for key in varying]
-    table = tables.grid(None, *heads, *SHOWN.values(), left=len(varying))
+    Args:
+        found: the rows.
+        first: figures to print before the others, with their headings.
+    """
+    headings = {**(first or {}), **SHOWN}
+    differing = varying(found)
+    heads = [key.split(".")[-1].removeprefix("policy/") for key in differing]
+    table = tables.grid(None, *heads, *headings.values(), left=len(differing))
     for row in found:
         if not row["error"]:
-            chosen = [row["choices"].get(key, "") for key in varying]
-            table.add_row(*chosen, *_cells(row["figures"]))
+            chosen = [row["choices"].get(key, "") for key in differing]
+            table.add_row(*chosen, *_cells(row["figures"], headings))
     out = tables.console()
     out.print(table)
     failed = [row for row in found if row["error"]]
@@ -111,9 +132,9 @@ def show(found: Sequence[Row]) -> None:
         out.print(f"{len(failed)} of {len(found)} points failed")
 
 
-def _cells(row: Mapping[str, float | None]) -> list[str]:
+def _cells(row: Mapping[str, float | None], names: Iterable[str]) -> list[str]:
     cells: list[str] = []
-    for name in SHOWN:
+    for name in names:
         value = row.get(name)
         latency = name.startswith(tuple(tables.LATENCIES))
         if value is None:
@@ -128,7 +149,7 @@ def _files(root: Path) -> list[Path]:
     return sorted((root / FOLDER).glob("[!.]*.json"))
 
 
-def _order(row: Row) -> list[tuple[str, float, str]]:
+def order(row: Row) -> list[tuple[str, float, str]]:
     """Numbers among each other by size, words by alphabet."""
     return [(key, _as_number(value), value) for key, value in sorted(row["choices"].items())]
 
@@ -140,6 +161,6 @@ def _as_number(text: str) -> float:
         return math.inf
 
 
-def _union(mappings: Any) -> list[str]:
+def union(mappings: Any) -> list[str]:
     """Keys in order of first appearance."""
     return list(dict.fromkeys(key for mapping in mappings for key in mapping))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scenarios import tables
-from scenarios.compose import Command, compose_study, parse
+from scenarios.compose import compose_study, parse
 from scenarios.saving import default_folder, save
 from scenarios.study import Save, Study
 from sim.api import run
@@ -20,7 +20,9 @@ def main(argv: Sequence[str]) -> int:
     """
     command = parse(argv)
     if command.flags:
-        return _ask_hydra(command)
+        from scenarios.ask_hydra import ask_hydra
+
+        return ask_hydra(command)
     if command.study is None:
         from scenarios.listing import show_studies
 
@@ -81,10 +83,3 @@ def _run_one(name: str, study: Study) -> None:
     save(result, folder, study.save or Save.trace)
     show(result)
     tables.console().print(f"saved in {folder}", soft_wrap=True)
-
-
-def _ask_hydra(command: Command) -> int:
-    """Flags such as `--cfg job` are Hydra's to answer."""
-    from scenarios.sweep import hydra_main
-
-    return hydra_main(command, [*command.flags, *command.overrides])

@@ -1,20 +1,23 @@
 """The folder of a sweep: what an earlier one left is moved aside and lost only to a better one."""
 
-import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from scenarios import rows
+from scenarios.saved import load
+from scenarios.study import Save
 from sim.files import claim_folder
-from sim.result import FILES
+from sim.result import FILES, SUMMARY
 
 POINTS = "points"
 BEFORE = ".before"
 """What was there before, while a sweep runs."""
-PARTS = (rows.FOLDER, POINTS, rows.TABLE, rows.PARQUET)
+SEARCH, PICTURE = "search.json", "pareto.png"
+"""What a search found, and what a report draws."""
+PARTS = (rows.FOLDER, POINTS, rows.TABLE, rows.PARQUET, SEARCH, PICTURE)
 ROW = f"{rows.FOLDER}/{'[0-9a-f]' * 10}.json"
-OURS = (ROW, rows.TABLE, rows.PARQUET, *(f"{POINTS}/*/{name}" for name in FILES))
+OURS = (ROW, rows.TABLE, rows.PARQUET, SEARCH, PICTURE, *(f"{POINTS}/*/{name}" for name in FILES))
 
 
 def claim(out: Path) -> Path:
@@ -39,17 +42,51 @@ def put_aside(root: Path, *, resume: bool) -> None:
     _move(PARTS, root, before)
 
 
-def take(root: Path, name: str, identity: str) -> bool:
-    """Take over the row of an earlier sweep, if it is of this very point and without an error."""
-    path, target = root / BEFORE / rows.FOLDER / name, root / rows.FOLDER / name
+def take(root: Path, chosen: Mapping[str, str], identity: str, level: Save) -> bool:
+    """Take over the row of an earlier sweep, if it is of this very point and without an error.
+
+    Args:
+        root: folder of the sweep.
+        chosen: what the point chose.
+        identity: of its configuration, code and data; see `saving.identity`.
+        level: how much of its result has to be there.
+
+    Raises:
+        Damaged: the row, or the result that it tells of, is not what was written.
+    """
+    target = rows.path_of(root, chosen)
+    path = root / BEFORE / rows.FOLDER / target.name
     if not path.exists():
         return False
-    row = json.loads(path.read_text(encoding="utf-8"))
-    if row.get("identity") != identity or row["error"]:
+    row = rows.read_one(path, target)
+    if row["identity"] != identity or row["error"]:
         return False
+    _require_result(root / POINTS / rows.slug(chosen), row, level)
     target.parent.mkdir(parents=True, exist_ok=True)
     path.replace(target)
     return True
+
+
+def _require_result(folder: Path, row: rows.Row, level: Save) -> None:
+    """Refuse a result that is damaged, lacks what is to be saved, or is of other figures."""
+    try:
+        saved = load(folder)
+        if level is not Save.summary:
+            _require_parquet(folder / "requests.parquet")
+        if level is Save.trace:
+            saved.trace()
+    except (ValueError, OSError) as error:
+        raise rows.Damaged(f"the result in {folder} is missing or damaged ({error})") from error
+    figures = saved.summary["figures"]
+    if any(row["figures"].get(name) != value for name, value in figures.items()):
+        raise rows.Damaged(f"{folder / SUMMARY} is damaged (its figures are not those of its row)")
+
+
+def _require_parquet(path: Path) -> None:
+    # Rows alone need no pyarrow, whose import takes a while.
+    import pyarrow.parquet as pq
+
+    pq.read_table(path)
 
 
 def restore(root: Path) -> None:

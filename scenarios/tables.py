@@ -25,6 +25,7 @@ OTHERS = {
     "prefix_hit_share": "of prompt tokens from the prefix cache",
     "flops_utilisation": "of peak FLOP/s",
     "num_preemptions": "pre-emptions",
+    "usd_per_hour": "price of the GPUs per hour",
     "usd_per_million_output_tokens": "price per 1 M output tokens",
     "joules_per_output_token_at_power_limit": "energy per output token at the power limit",
     "duration_s": "simulated time",
@@ -53,6 +54,12 @@ def grid(title: str | None, *columns: str, left: int = 1) -> Table:
     for place, name in enumerate(columns):
         table.add_column(name, justify="left" if place < left else "right", no_wrap=True)
     return table
+
+
+def heading(figure: str) -> str:
+    """A figure over a column: TTFT p99."""
+    first, _, rest = figure.removesuffix("_s").partition("_")
+    return f"{LATENCIES.get(first, first)} {rest.replace('_', ' ')}".replace("usd", "USD")
 
 
 def number(value: float) -> str:

@@ -78,21 +78,32 @@ def _efficiency(
     done = work_done(trace, setup.architecture, setup.kv_bytes_per_token)
     gpu = scenario.gpu or (scenario.node.gpu if scenario.node else None)
     output = int(trace.requests["output_tokens"].sum())
+    devices = max(num_gpus(scenario), 1)
     replicas = scenario.num_replicas
     price = gpu.price.usd_per_hour if gpu and gpu.price else None
+    rent = price * num_gpus(scenario) if price else None
     power_w = gpu.power.limit_w if gpu and gpu.power else None
     peak = gpu.peak.flops_per_s.get(scenario.model.dtype.value) if gpu else None
     return {
         "flops": done.flops,
-        "flops_utilisation": done.flops / duration_s / peak / replicas if peak else float("nan"),
+        "flops_utilisation": done.flops / duration_s / peak / devices if peak else float("nan"),
         "kv_bytes_written": done.kv_bytes_written,
         "kv_bytes_read": done.kv_bytes_read,
+        "num_gpus": num_gpus(scenario),
+        "usd_per_hour": rent if rent else float("nan"),
         "usd_per_million_output_tokens": (
-            price * replicas * duration_s / 3600 / output * 1e6 if price else float("nan")
+            rent * duration_s / 3600 / output * 1e6 if rent else float("nan")
         ),
         "joules_per_output_token_at_power_limit": (
-            power_w * replicas * metrics.busy_share(trace, replicas) * duration_s / output
+            power_w * devices * metrics.busy_share(trace, replicas) * duration_s / output
             if power_w
             else float("nan")
         ),
     }
+
+
+def num_gpus(scenario: Scenario) -> int:
+    """GPUs that are paid for: those that serve, however many more their nodes have."""
+    if not (scenario.gpu or (scenario.node and scenario.node.gpu)):
+        return 0
+    return scenario.num_replicas * scenario.tp_size * scenario.pp_size

@@ -14,6 +14,7 @@ from scenarios.cli import COMMANDS, main
 
 TOY = {
     "run": ["workload.num_requests=24", "seeds=[0]"],
+    "search": ["workload.num_requests=24", "seeds=[0]", "search.num_trials=4"],
     "validate": ["only=[decisions]", "decision_requests=16"],
     "calibrate": ["weights=random", "repeats=1"],
 }

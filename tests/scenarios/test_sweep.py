@@ -55,8 +55,8 @@ def test_the_sweep_of_the_study_is_the_default_and_the_command_line_wins(diptych
 
 def test_numbers_sort_by_size(workplace):
     for rate in ("10", "2", "1", "0.5"):
-        row = {"choices": {"policy/batching": "static", "rate": rate}, "error": "", "figures": {}}
-        rows.write(workplace / rows.FOLDER / f"{rate}.json", row)
+        chosen = {"policy/batching": "static", "rate": rate}
+        rows.write(workplace, {"choices": chosen, "error": "", "figures": {}})
     found = [row["choices"]["rate"] for row in rows.read(workplace)]
     assert found == ["0.5", "1", "2", "10"]
 
