@@ -14,10 +14,10 @@ import torch
 from backends.arrivals import Arrivals
 from backends.kv_cache import PagedKVCache
 from backends.observed import Sequence as Stay
-from backends.replica import Replica, synchronise
+from backends.replica import Replica
 from backends.sampling import Sampler
 from backends.tokenizer import prompt_token_ids
-from backends.transformer import Transformer
+from backends.transformer import Transformer, synchronise
 from sim.costs.calibration_plan import BatchPlan
 from sim.costs.fitting import STALL, Measured
 from sim.engine import ReplicaLimits

@@ -5,7 +5,7 @@ PagedAttention: Kwon et al., 2023.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -52,6 +52,8 @@ class PagedKVCache:
         self.written = torch.zeros(num_blocks, block_size, dtype=torch.bool)
         """bool [num_blocks, block_size], the slots whose token a request has stored"""
         self.corrupt: Corruption | None = None
+        self.on_free: Callable[[int], object] | None = None
+        """Told of each request that gives its blocks back."""
         self.written_tokens = self.read_tokens = self.freed_tokens = 0
         self._tables: dict[int, list[int]] = {}
         self._num_frees = 0
@@ -124,6 +126,8 @@ class PagedKVCache:
         table = self._table(request_id)
         del self._tables[request_id]
         self._num_frees += 1
+        if self.on_free is not None:
+            self.on_free(request_id)
         if self.corrupt == Corruption(kind="skip_free", index=self._num_frees - 1):
             return
         self.freed_tokens += int(self.written[table].sum())

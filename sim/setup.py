@@ -9,8 +9,8 @@ from sim.costs.fitted import Fitted
 from sim.costs.roofline import Roofline
 from sim.engine import Engine, ReplicaLimits
 from sim.models.architecture import Architecture, load_architecture
-from sim.models.communication import require_parallel
 from sim.models.parameters import kv_bytes_per_token, weight_bytes
+from sim.models.split import require_parallel
 from sim.scenario import CostFamily, Scenario
 from sim.units import human_bytes
 from sim.workload.source import WorkloadTotals, check
