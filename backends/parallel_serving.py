@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from backends.checkpoints import dense_architecture
 from backends.collectives import Sent
 from backends.emulated_link import EmulatedLink
 from backends.kv_cache import Corruption
@@ -19,8 +20,9 @@ from backends.ranks import require_ranks, run_ranks
 from backends.sampling import Sampler
 from backends.serving import RANDOM, Served, require_model, serve
 from backends.shards import Share
-from backends.weights import load_model, random_model
+from backends.weights import TINY_CONFIG, load_model, random_model
 from sim.engine import ReplicaLimits
+from sim.models.architecture import Architecture
 from sim.models.split import require_parallel
 from sim.policies.batching.base import Batching
 from sim.policies.registry import load_file, user_files
@@ -35,6 +37,8 @@ class ParallelRun:
 
     weights: str
     """As `backends.serving.open_model` takes it."""
+    config: Mapping[str, object] | None = None
+    """Of random weights; None: that of the tiny model."""
     tp_size: int = 1
     pp_size: int = 1
     device: str = "cpu"
@@ -99,8 +103,7 @@ def serve_parallel(run: ParallelRun) -> ParallelServed:
     """
     require_model(run.weights, run.device)
     require_ranks(run.size, run.device)
-    if run.weights == RANDOM:
-        require_parallel(random_model().config, run.tp_size, run.pp_size)
+    require_parallel(architecture_of(run), run.tp_size, run.pp_size)
     # Modules of a user's own policies are read again in each process before the run is.
     arguments = (user_files(), pickle.dumps(run))
     returned: list[_Returned] = run_ranks(_serve_rank, run.size, arguments, run.device)
@@ -114,12 +117,23 @@ def serve_parallel(run: ParallelRun) -> ParallelServed:
     )
 
 
+def architecture_of(run: ParallelRun) -> Architecture:
+    """What is served, read without its weights where they are large.
+
+    Raises:
+        ValueError: a model that is not there or cannot be read.
+    """
+    if run.weights == RANDOM:
+        return dense_architecture(TINY_CONFIG if run.config is None else run.config, "config")
+    return load_model(run.weights).config
+
+
 def _serve_rank(rank: int, size: int, files: list[Path], pickled: bytes) -> _Returned:
     for path in files:
         load_file(path)
     run: ParallelRun = pickle.loads(pickled)
     assert size == run.size
-    model = random_model() if run.weights == RANDOM else load_model(run.weights)
+    model = random_model(run.config) if run.weights == RANDOM else load_model(run.weights)
     share = Share(rank=rank, tp_size=run.tp_size, pp_size=run.pp_size)
     device = torch.device(run.device, rank) if run.device == "cuda" else run.device
     sampler = run.sampler or Sampler()

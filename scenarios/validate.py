@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 ANSWERS = "validation.json"
 PICTURE = "timeline.png"
+USED = ("policy", "accept", "tp_size", "pp_size")
+"""Keys of the study that the validation heeds."""
 COLOURS = {
     Verdict.passed: "green", Verdict.missed: "bold red", Verdict.too_noisy: "yellow",
     Verdict.not_run: "dim", Verdict.reported: "dim",
@@ -64,17 +66,19 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
     rest = [text for text in overrides if not text.startswith("policy/batching=")]
     policies: dict[str, Batching] = {}
     accept: dict[str, float] = {}
+    sizes = (1, 1)
     for name in names:
         composed = typed(compose_config(study, [*rest, f"policy/batching={name}"], config_dir))
         policies[name] = with_short_chunks(composed.policy.batching)
         accept = dict(composed.accept)
+        sizes = (composed.tp_size, composed.pp_size)
     unknown = sorted(set(accept) - set(ACCEPT_KEYS))
     if unknown:
         raise ValueError(
             f"accept names {unknown}, which nothing judges; there are: {', '.join(ACCEPT_KEYS)}"
         )
     for text in rest:
-        if not text.lstrip("+~").startswith(("policy", "accept")):
+        if not text.lstrip("+~").startswith(USED):
             warnings.warn(
                 f"{text} has no effect on the validation, which has its own small models and "
                 "workloads; see docs/validation.md",
@@ -82,7 +86,7 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
             )
     out = Path(options.out or Path("runs") / study / "validation")
     claim_folder(out, (ANSWERS, PICTURE), "validation")
-    return Plan(study, options, policies, accept, out)
+    return Plan(study, options, policies, accept, out, *sizes)
 
 
 def _policy_names(study: str, overrides: Sequence[str], config_dir: str | None) -> list[str]:

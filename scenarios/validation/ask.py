@@ -13,12 +13,12 @@ from backends.serving import open_model, require_model, serve, use_one_thread
 from backends.transformer import Transformer
 from scenarios import calibrate
 from scenarios.tables import console
-from scenarios.validation import timing
+from scenarios.validation import several_ranks, timing
 from scenarios.validation.decisions import exact_lines
 from scenarios.validation.numbers import compare, number_lines
 from scenarios.validation.options import Fault, Options, Question
 from scenarios.validation.timing import Runs
-from scenarios.validation.verdict import Line, Verdict
+from scenarios.validation.verdict import Line, not_run
 from sim.costs.base import IterationCost
 from sim.costs.fitted import Fitted
 from sim.costs.fitting import jitter_quantiles
@@ -36,15 +36,20 @@ class Plan(NamedTuple):
     """Each with a token budget that cuts the short prompts of the validation."""
     accept: dict[str, float]
     out: Path
+    tp_size: int = 1
+    pp_size: int = 1
 
 
 def answer(plan: Plan) -> tuple[list[Line], dict[str, Runs]]:
     """Every line of the table, and the timed runs by policy (none if time was not asked about)."""
     use_one_thread()
     asked = set(plan.options.only)
+    if plan.tp_size * plan.pp_size > 1:
+        lines = several_ranks.answer(plan.options, plan.policies, plan.tp_size, plan.pp_size)
+        return _in_order(lines, asked), {}
     if asked & {Question.numbers, Question.time}:
         require_model(plan.options.weights, plan.options.device.value)
-    lines: list[Line] = []
+    lines = []
     runs: dict[str, Runs] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console(errors=True), transient=True) as progress:
@@ -63,9 +68,14 @@ def answer(plan: Plan) -> tuple[list[Line], dict[str, Runs]]:
             if Question.time in asked:
                 runs, timed = _time(plan, transformer, model.name, progress)
                 lines += timed
-    lines += [_not_run(q, "left out by only=") for q in Question if q not in asked]
+    return _in_order(lines, asked), runs
+
+
+def _in_order(lines: list[Line], asked: set[Question]) -> list[Line]:
+    """All lines by question, with a word on those that were not asked."""
+    left_out = [not_run(q, "left out by only=") for q in Question if q not in asked]
     order = [question.value for question in Question]
-    return sorted(lines, key=lambda line: order.index(line.question)), runs
+    return sorted(lines + left_out, key=lambda line: order.index(line.question))
 
 
 def _decisions_and_bytes(plan: Plan, progress: Progress) -> list[Line]:
@@ -88,7 +98,7 @@ def _numbers(
     plan: Plan, transformer: Transformer, folder: Path | None, progress: Progress
 ) -> list[Line]:
     if folder is None:
-        return [_not_run(Question.numbers, f"weights={plan.options.weights} has no reference")]
+        return [not_run(Question.numbers, f"weights={plan.options.weights} has no reference")]
     sizes = plan.options.sizes
     reference = Reference(folder, plan.options.device.value)
     lines: list[Line] = []
@@ -202,10 +212,3 @@ class _Costs:
                 calibrate.write(fit, self._model, self._device, self._path)
         except (ValueError, OSError) as error:
             warnings.warn(f"the calibration was not kept: {error}", stacklevel=2)
-
-
-def _not_run(question: Question, why: str) -> Line:
-    return Line(
-        question=question.value, metric="", simulated="", measured="", error=None,
-        verdict=Verdict.not_run, note=why,
-    )  # fmt: skip

@@ -10,7 +10,10 @@ from backends.parallel_serving import ParallelRun, serve_parallel
 from backends.reference import KeepLogits
 from backends.sampling import Sampler, Sampling
 from backends.serving import open_model, serve, use_one_thread
+from backends.tokenizer import Tokenizer
 from scenarios.validation import decisions, parallel
+from scenarios.validation.numbers import all_at_once
+from scenarios.validation.openings import TEXTS
 from scenarios.validation.options import with_short_chunks
 from scenarios.validation.verdict import Verdict
 from sim.engine import ReplicaLimits
@@ -131,3 +134,31 @@ def test_what_does_not_divide_is_refused_before_a_rank_is_started():
 def test_a_policy_that_overbooks_is_told_so_by_the_first_rank():
     with pytest.raises(ValueError, match="mend the policy"):
         serve_parallel(run_of(2, 1, limits=LIMITS._replace(num_blocks=3)))
+
+
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(3, 1), (1, 2)])
+def test_smollm2_says_the_same_on_several_ranks(tp_size, pp_size):
+    """9 heads and 3 KV heads divide by 3; 30 layers are 15 and 15."""
+    use_one_thread()
+    model, whole = open_model("smollm2", "cpu")
+    texts = Tokenizer(model.folder)
+    asked = [texts.encode(text) for text in TEXTS[:3]]
+    workload = all_at_once(asked, 5)
+    run = run_of(
+        tp_size, pp_size, weights="smollm2", workload=workload, prompts=asked,
+        limits=LIMITS._replace(num_blocks=8), sampler=KeepLogits(),
+    )  # fmt: skip
+    kept = KeepLogits()
+    one = serve(
+        whole, Source(workload, 0, CONTEXT), run.batching, run.limits,
+        prompts=lambda request: asked[request.request_id], sampler=kept,
+    )  # fmt: skip
+    found = serve_parallel(run)
+    assert found.served.answers == one.answers
+    furthest = max(
+        float(np.abs(found.sampler.logits[place] - row).max()) for place, row in kept.logits.items()
+    )
+    assert furthest == 0.0 if tp_size == 1 else 0.0 < furthest < 1e-3
+    again = decisions.replay(found.served.trace, run.batching, run.limits, CONTEXT)
+    for line in parallel.sent_lines("", found, again, model.config, run):
+        assert line.verdict is Verdict.passed, line

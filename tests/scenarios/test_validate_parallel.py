@@ -1,0 +1,78 @@
+"""`diptych validate` of a replica on several ranks."""
+
+import json
+
+import pytest
+
+from scenarios.cli import main
+
+QUICK = ["weights=random", "decision_requests=16", "prompts=4", "new_tokens=4"]
+
+
+def validate(tmp_path, *arguments):
+    out = tmp_path / "validation"
+    code = main(["validate", "-cn", "parallel", f"out={out}", *QUICK, *arguments])
+    return code, json.loads((out / "validation.json").read_text())["lines"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "carried"),
+    [
+        (["tp_size=2"], {"embedding", "attention output", "mlp output", "logits"}),
+        (["tp_size=1", "pp_size=2"], {"hidden states", "tokens"}),
+        (["tp_size=3"], {"embedding", "attention output", "mlp output", "logits"}),
+    ],
+)
+def test_decisions_bytes_and_numbers_pass(tmp_path, sizes, carried):
+    code, lines = validate(tmp_path, *sizes, "policy/batching=chunked_prefill")
+    assert code == 0
+    by_question = {line["question"]: [] for line in lines}
+    for line in lines:
+        by_question[line["question"]].append(line)
+    assert [line["verdict"] for line in by_question["decisions"]] == ["passed"]
+    assert [line["verdict"] for line in by_question["numbers"]] == ["passed"] * 2
+    assert [line["verdict"] for line in by_question["time"]] == ["not_run"]
+    sent = {
+        line["metric"].removeprefix("chunked_prefill: ").removesuffix(" sent"): line
+        for line in by_question["bytes"]
+        if line["metric"].endswith("sent")
+    }
+    assert set(sent) == carried | {"orders"}
+    assert sent.pop("orders")["verdict"] == "reported"
+    assert {line["verdict"] for line in sent.values()} == {"passed"}
+
+
+def test_a_seeded_corruption_makes_it_fail(tmp_path):
+    code, lines = validate(
+        tmp_path, "only=[decisions,bytes]", "corrupt=skip_free", "policy/batching=continuous"
+    )
+    assert code == 1
+    assert "missed" in {line["verdict"] for line in lines}
+
+
+def test_weights_that_do_not_divide_are_replaced_and_it_says_so(tmp_path):
+    code, lines = validate(
+        tmp_path, "only=[numbers]", "weights=smollm2", "policy/batching=continuous"
+    )
+    assert code == 0
+    note = next(line["note"] for line in lines if line["question"] == "numbers")
+    assert "of random weights, as tp_size=2 must divide num_heads=9" in note
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("tp_size=0", "tp_size=0 must be at least 1"),
+        ("pp_size=two", "pp_size"),
+        ("device=cuda", "need a GPU each"),
+    ],
+)
+def test_impossible_ranks_are_refused_and_nothing_is_written(tmp_path, capsys, argument, message):
+    import torch
+
+    if argument == "device=cuda" and torch.cuda.device_count() > 1:
+        pytest.skip("this machine has what the test wants to miss")
+    out = tmp_path / "validation"
+    assert main(["validate", "-cn", "parallel", f"out={out}", *QUICK, argument]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
