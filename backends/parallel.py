@@ -67,9 +67,10 @@ class Stage:
         self.new_cache(1, 1)
 
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
-        """Begin anew: an empty cache, an unused sampler, nothing sent."""
+        """Begin anew when all ranks do: an empty cache, an unused sampler, nothing sent."""
         self.cache = self.model.new_cache(num_blocks, block_size)
         self.sampler = deepcopy(self._first_sampler)
+        self.control.all_reduce(torch.zeros(1), orders.NAME)
         self.tally.clear()
         return self.cache
 

@@ -133,12 +133,8 @@ def _serve_rank(rank: int, size: int, files: list[Path], pickled: bytes) -> _Ret
         load_file(path)
     run: ParallelRun = pickle.loads(pickled)
     assert size == run.size
-    model = random_model(run.config) if run.weights == RANDOM else load_model(run.weights)
-    share = Share(rank=rank, tp_size=run.tp_size, pp_size=run.pp_size)
-    device = torch.device(run.device, rank) if run.device == "cuda" else run.device
     sampler = run.sampler or Sampler()
-    stage = Stage(model, share, sampler, device, run.link)
-    del model
+    stage = open_stage(run, rank, sampler)
     served = None
     if rank == 0:
         served = _drive(stage, run)
@@ -148,6 +144,14 @@ def _serve_rank(rank: int, size: int, files: list[Path], pickled: bytes) -> _Ret
     kv_bytes = (cache.written_bytes, cache.read_bytes, cache.freed_bytes)
     drawn_by = (sampler if rank == 0 else stage.sampler) if stage.samples else None
     return _Returned(served, kv_bytes, stage.tally.sent(), drawn_by)
+
+
+def open_stage(run: ParallelRun, rank: int, sampler: Sampler) -> Stage:
+    """A rank's share of the model that a run names; the other ranks open theirs."""
+    model = random_model(run.config) if run.weights == RANDOM else load_model(run.weights)
+    share = Share(rank=rank, tp_size=run.tp_size, pp_size=run.pp_size)
+    device = torch.device(run.device, rank) if run.device == "cuda" else run.device
+    return Stage(model, share, sampler, device, run.link)
 
 
 def _drive(stage: Stage, run: ParallelRun) -> Served:

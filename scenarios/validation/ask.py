@@ -7,6 +7,7 @@ from typing import NamedTuple
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from backends.calibration import Passes
+from backends.executor import Executor
 from backends.kv_cache import Corruption
 from backends.reference import Reference
 from backends.serving import open_model, require_model, serve, use_one_thread
@@ -45,12 +46,11 @@ def answer(plan: Plan) -> tuple[list[Line], dict[str, Runs]]:
     use_one_thread()
     asked = set(plan.options.only)
     if plan.tp_size * plan.pp_size > 1:
-        lines = several_ranks.answer(plan.options, plan.policies, plan.tp_size, plan.pp_size)
-        return _in_order(lines, asked), {}
+        lines, runs = several_ranks.answer(plan)
+        return _in_order(lines, asked), runs
     if asked & {Question.numbers, Question.time}:
         require_model(plan.options.weights, plan.options.device.value)
-    lines = []
-    runs: dict[str, Runs] = {}
+    lines, runs = [], {}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console(errors=True), transient=True) as progress:
         if asked & {Question.decisions, Question.bytes}:
@@ -66,7 +66,7 @@ def answer(plan: Plan) -> tuple[list[Line], dict[str, Runs]]:
             if Question.numbers in asked:
                 lines += _numbers(plan, transformer, model.folder, progress)
             if Question.time in asked:
-                runs, timed = _time(plan, transformer, model.name, progress)
+                runs, timed = timed_runs(plan, transformer, model.name, progress)
                 lines += timed
     return _in_order(lines, asked), runs
 
@@ -110,8 +110,8 @@ def _numbers(
     return lines
 
 
-def _time(
-    plan: Plan, transformer: Transformer, model: str, progress: Progress
+def timed_runs(
+    plan: Plan, transformer: Executor, model: str, progress: Progress
 ) -> tuple[dict[str, Runs], list[Line]]:
     """Time every policy; the passes of the calibration lie between the runs."""
     sizes, seed = plan.options.sizes, plan.options.seed
@@ -156,7 +156,7 @@ def _time(
 class _Costs:
     """Costs of the simulated panel: of a named calibration, or calibrated between the runs."""
 
-    def __init__(self, plan: Plan, transformer: Transformer, model: str) -> None:
+    def __init__(self, plan: Plan, transformer: Executor, model: str) -> None:
         options = plan.options
         self._device, self._model = options.device.value, model
         self._path = calibrate.node_path(options.calibration, self._device)

@@ -1,26 +1,41 @@
 """The questions asked of a replica on several ranks."""
 
-from typing import Any, NamedTuple
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from backends.kv_cache import Corruption
-from backends.parallel_serving import ParallelRun, architecture_of, serve_parallel
-from backends.ranks import require_ranks
+from backends.parallel import Driver
+from backends.parallel_serving import (
+    ParallelRun,
+    architecture_of,
+    open_stage,
+    serve_parallel,
+)
+from backends.ranks import require_ranks, run_ranks
 from backends.reference import KeepLogits, OneRank
+from backends.sampling import Sampler
 from backends.serving import RANDOM, require_model
 from backends.tokenizer import Tokenizer, prompt_token_ids
 from backends.transformer import Transformer
 from backends.weights import TINY_CONFIG, Model, load_model, random_model
+from scenarios import calibrate
 from scenarios.tables import console
 from scenarios.validation import decisions
 from scenarios.validation.numbers import all_at_once, judge_answers, number_lines, tight_limits
 from scenarios.validation.openings import TEXTS
 from scenarios.validation.options import Fault, Options, Question
 from scenarios.validation.parallel import parallel_lines
-from scenarios.validation.verdict import Line, not_run
+from scenarios.validation.verdict import Line
 from sim.models.split import require_parallel
 from sim.policies.batching.base import Batching
+from sim.policies.registry import load_file, user_files
+
+if TYPE_CHECKING:
+    from scenarios.validation.ask import Plan
+    from scenarios.validation.timing import Runs
 
 
 class Ranks(NamedTuple):
@@ -35,20 +50,21 @@ class Ranks(NamedTuple):
         return ParallelRun(tp_size=self.tp_size, pp_size=self.pp_size, device=self.device, **fields)
 
 
-def answer(
-    options: Options, policies: dict[str, Batching], tp_size: int, pp_size: int
-) -> list[Line]:
-    """The lines of the questions that were asked, for every policy.
+def answer(plan: "Plan") -> tuple[list[Line], "dict[str, Runs]"]:
+    """The lines of the questions that were asked, and the timed runs by policy.
 
     Raises:
         ValueError: ranks, model or weights that are not there, before anything is run.
+        ChildProcessError: a rank was lost.
     """
-    ranks = Ranks(tp_size, pp_size, options.device.value)
-    require_ranks(tp_size * pp_size, ranks.device)
+    options, policies = plan.options, plan.policies
+    ranks = Ranks(plan.tp_size, plan.pp_size, options.device.value)
+    require_ranks(plan.tp_size * plan.pp_size, ranks.device)
     asked = set(options.only)
-    if Question.numbers in asked:
+    if asked & {Question.numbers, Question.time}:
         require_model(options.weights, ranks.device)
     lines: list[Line] = []
+    runs: dict[str, Runs] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console(errors=True), transient=True) as progress:
         if asked & {Question.decisions, Question.bytes}:
@@ -57,16 +73,63 @@ def answer(
                 found = _exact_lines(name, batching, options, ranks)
                 lines += [line for line in found if Question(line.question) in asked]
                 progress.advance(task)
+        served = _Weights(options.weights, ranks)
         if Question.numbers in asked:
             task = progress.add_task("numbers", total=1 + len(policies))
-            asking = _Numbers(options, ranks)
+            asking = _Numbers(served, options, ranks)
             progress.advance(task)
             for name, batching in policies.items():
                 lines += asking.lines(name, batching)
                 progress.advance(task)
-    if Question.time in asked:
-        lines.append(not_run(Question.time, "only one rank's iterations are calibrated"))
-    return lines
+        if Question.time in asked:
+            progress.add_task("time", total=None)
+            runs, timed = _timed(plan, served, ranks)
+            lines += timed
+    return lines, runs
+
+
+def _timed(plan: "Plan", served: "_Weights", ranks: Ranks) -> "tuple[dict[str, Runs], list[Line]]":
+    """Question 4: the first rank calibrates the ranks' own iterations and serves, in turn."""
+    run = ranks.run(
+        weights=served.weights, config=served.config, batching=next(iter(plan.policies.values())),
+        workload=decisions.workload(1), limits=decisions.LIMITS,
+    )  # fmt: skip
+    name = f"{calibrate.fit_name(served.model.name)}_tp{ranks.tp_size}_pp{ranks.pp_size}"
+    arguments = (user_files(), pickle.dumps((plan, run)), name)
+    return run_ranks(_time_rank, run.size, arguments, ranks.device)[0]
+
+
+def _time_rank(rank: int, size: int, files: list[Path], pickled: bytes, name: str) -> Any:
+    from scenarios.validation.ask import timed_runs
+
+    del size
+    for path in files:
+        load_file(path)
+    plan, run = pickle.loads(pickled)
+    stage = open_stage(run, rank, Sampler())
+    if rank:
+        stage.follow()
+        return None
+    driver = Driver(stage)
+    found = timed_runs(plan, driver, name, Progress(disable=True))
+    driver.stop()
+    return found
+
+
+class _Weights:
+    """What numbers and time are asked of: the weights of the options where they divide."""
+
+    def __init__(self, weights: str, ranks: Ranks) -> None:
+        self.weights, self.config, self.about = weights, None, ""
+        self.model = random_model() if weights == RANDOM else load_model(weights)
+        try:
+            require_parallel(self.model.config, ranks.tp_size, ranks.pp_size)
+        except ValueError as error:
+            self.weights = RANDOM
+            self.about = f"; of random weights, as {error}"
+        if self.weights == RANDOM:
+            self.config = small_config(ranks.tp_size, ranks.pp_size)
+            self.model = random_model(self.config)
 
 
 def small_config(tp_size: int, pp_size: int) -> dict[str, object]:
@@ -99,18 +162,9 @@ def _exact_lines(name: str, batching: Batching, options: Options, ranks: Ranks) 
 class _Numbers:
     """Question 3: the ranks' tokens against those of the same weights on one rank."""
 
-    def __init__(self, options: Options, ranks: Ranks) -> None:
-        self._ranks, self._new_tokens = ranks, options.sizes.new_tokens
-        self._weights, self._config, self._about = options.weights, None, ""
-        model = random_model() if options.weights == RANDOM else load_model(options.weights)
-        try:
-            require_parallel(model.config, ranks.tp_size, ranks.pp_size)
-        except ValueError as error:
-            self._weights = RANDOM
-            self._about = f"; of random weights, as {error}"
-        if self._weights == RANDOM:
-            self._config = small_config(ranks.tp_size, ranks.pp_size)
-            model = random_model(self._config)
+    def __init__(self, served: _Weights, options: Options, ranks: Ranks) -> None:
+        self._served, self._ranks, self._new_tokens = served, ranks, options.sizes.new_tokens
+        model = served.model
         self._asked = _prompts(model, options.sizes.prompts)
         self._reference = OneRank(Transformer(model.config, model.weights, ranks.device))
         self._generated = self._reference.generate(self._asked, self._new_tokens)
@@ -118,7 +172,7 @@ class _Numbers:
     def lines(self, name: str, batching: Batching) -> list[Line]:
         """Of one policy."""
         run = self._ranks.run(
-            weights=self._weights, config=self._config, batching=batching,
+            weights=self._served.weights, config=self._served.config, batching=batching,
             workload=all_at_once(self._asked, self._new_tokens), prompts=self._asked,
             limits=tight_limits(self._asked, self._new_tokens), sampler=KeepLogits(),
         )  # fmt: skip
@@ -127,7 +181,7 @@ class _Numbers:
         kept = found.sampler
         assert isinstance(kept, KeepLogits)
         judged = judge_answers(self._asked, answers, self._generated, kept, self._reference)
-        return number_lines(name, judged, len(self._asked), "one rank's", self._about)
+        return number_lines(name, judged, len(self._asked), "one rank's", self._served.about)
 
 
 def _prompts(model: Model, count: int) -> list[list[int]]:
