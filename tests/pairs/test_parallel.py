@@ -22,6 +22,7 @@ from sim.trace import State
 from sim.workload.recorded import Recorded
 from sim.workload.source import Source
 
+pytestmark = pytest.mark.slow
 LIMITS = ReplicaLimits(8, 64, 16, 12)
 FEW = Recorded(arrival_s=[0.0] * 12, prompt_tokens=list(range(5, 53, 4)), output_tokens=[14] * 12)
 CONTEXT = 96

@@ -7,6 +7,7 @@ import pytest
 from hardware_models.parts import read_node
 from scenarios.cli import main
 
+pytestmark = pytest.mark.slow
 QUICK = ["weights=random", "decision_requests=16", "prompts=4", "new_tokens=4"]
 
 
