@@ -73,6 +73,8 @@ class ParallelServed(NamedTuple):
     """Of all ranks, from the first request on."""
     sampler: Sampler
     """Of the rank that sampled."""
+    link: str | None = None
+    """What is to be said of its times: `emulated` over such a link; None: nothing."""
 
     def payload_bytes(self) -> Counter[str]:
         """Bytes handed in by all ranks, by what they carried."""
@@ -114,11 +116,12 @@ def serve_parallel(run: ParallelRun) -> ParallelServed:
         Served(served.trace, served.answers, written, read, freed),
         sorted(row for one in returned for row in one.sent),
         next(one.sampler for one in returned if one.sampler is not None),
+        None if run.link is None else run.link.label,
     )
 
 
 def architecture_of(run: ParallelRun) -> Architecture:
-    """What is served, read without its weights where they are large.
+    """The whole model that a run names.
 
     Raises:
         ValueError: a model that is not there or cannot be read.

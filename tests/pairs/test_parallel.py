@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from backends.emulated_link import EmulatedLink
 from backends.kv_cache import Corruption
 from backends.parallel_serving import ParallelRun, serve_parallel
 from backends.reference import KeepLogits
@@ -17,7 +18,7 @@ from scenarios.validation.openings import TEXTS
 from scenarios.validation.options import with_short_chunks
 from scenarios.validation.verdict import Verdict
 from sim.engine import ReplicaLimits
-from sim.policies.registry import policies
+from sim.policies.registry import load_file, policies
 from sim.trace import State
 from sim.workload.recorded import Recorded
 from sim.workload.source import Source
@@ -163,3 +164,34 @@ def test_smollm2_says_the_same_on_several_ranks(tp_size, pp_size):
     again = decisions.replay(found.served.trace, run.batching, run.limits, CONTEXT)
     for line in parallel.sent_lines("", found, again, model.config, run):
         assert line.verdict is Verdict.passed, line
+
+
+def test_a_slow_link_changes_no_token_and_is_told_of(alone):
+    link = EmulatedLink(latency_s=2e-4, bandwidth_bytes_per_s=1e9)
+    found = serve_parallel(run_of(2, 1, link=link))
+    assert found.served.answers == alone[0].answers
+    assert found.link == "emulated"
+
+
+OWN_POLICY = """
+from dataclasses import dataclass, field
+
+from sim.policies.batching.base import Batching
+from sim.policies.batching.continuous import Continuous
+
+
+@dataclass(kw_only=True)
+class Mine(Batching):
+    inner: Continuous = field(default_factory=Continuous)
+
+    def next_batch(self, memory, view):
+        return self.inner.next_batch(memory, view)
+"""
+
+
+def test_a_policy_of_a_users_own_file_reaches_the_ranks(tmp_path, alone):
+    path = tmp_path / "mine.py"
+    path.write_text(OWN_POLICY)
+    found = serve_parallel(run_of(1, 2, batching=load_file(path).Mine()))
+    assert found.served.answers == alone[0].answers
+    assert found.link is None
