@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from backends.arrivals import Arrivals
-from backends.kv_cache import PagedKVCache
+from backends.executor import Executor
 from backends.observed import Sequence as Stay
-from backends.replica import Replica, synchronise
+from backends.replica import Replica
 from backends.sampling import Sampler
 from backends.tokenizer import prompt_token_ids
-from backends.transformer import Transformer
+from backends.transformer import synchronise
 from sim.costs.calibration_plan import BatchPlan
 from sim.costs.fitting import STALL, Measured
 from sim.engine import ReplicaLimits
@@ -52,7 +52,7 @@ class Passes:
     A slow minute of a shared machine then touches all batches, or none of them much.
     """
 
-    def __init__(self, model: Transformer, plans: Sequence[BatchPlan], advance: Advance) -> None:
+    def __init__(self, model: Executor, plans: Sequence[BatchPlan], advance: Advance) -> None:
         """Time every batch once without keeping it: first calls of a shape are slower.
 
         Args:
@@ -117,7 +117,7 @@ def _mean_without_stalls(seconds: Sequence[float]) -> float:
     return statistics.mean(value for value in seconds if value <= limit)
 
 
-def time_batch(model: Transformer, plan: BatchPlan) -> float:
+def time_batch(model: Executor, plan: BatchPlan) -> float:
     """Seconds of one iteration of a fresh replica that computes exactly this batch."""
     stays = _stays(model, plan)
     chunks = tuple((index, tokens) for index, (tokens, _) in enumerate(plan.chunks))
@@ -127,7 +127,7 @@ def time_batch(model: Transformer, plan: BatchPlan) -> float:
     limits = ReplicaLimits(len(stays), sum(tokens), BLOCK_SIZE, num_blocks)
     replica = Replica(
         model=model,
-        cache=PagedKVCache(model.config, num_blocks, BLOCK_SIZE, model.device, model.dtype),
+        cache=model.new_cache(num_blocks, BLOCK_SIZE),
         batching=Scripted(batch=batch),
         limits=limits,
         prompts=lambda _: [],
@@ -142,7 +142,7 @@ def time_batch(model: Transformer, plan: BatchPlan) -> float:
     return time.perf_counter() - start
 
 
-def _stays(model: Transformer, plan: BatchPlan) -> list[Stay]:
+def _stays(model: Executor, plan: BatchPlan) -> list[Stay]:
     """Requests in the state in which the batch finds them, chunks first."""
     rest = 0 if plan.ends else 1  # a token of the prompt that the chunk leaves for later
     wanted = [(before + tokens + rest, before) for tokens, before in plan.chunks]

@@ -6,10 +6,11 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 
 from torch._C._distributed_c10d import TCPStore
 
-__all__ = ["DONE", "Heartbeat", "TCPStore", "beats"]
+__all__ = ["DONE", "Heartbeat", "TCPStore", "beats", "wants_processor"]
 
 EVERY_S = 1.0
 DONE = "0"
@@ -74,6 +75,18 @@ def beats(store: TCPStore, size: int) -> dict[int, int]:
     """How often each rank has beaten; those that never did are left out."""
     joined = [rank for rank in range(size) if store.check([_key(rank)])]
     return {rank: int(store.get(_key(rank))) for rank in joined}
+
+
+def wants_processor(pid: int) -> bool:
+    """Whether a thread of a process runs, waits for a core or for a disk; where Linux says so.
+
+    A stopped process does not, and neither does one all of whose threads sleep.
+    """
+    try:
+        tasks = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except OSError:  # it has just ended, or this is no Linux
+        return False
+    return any(task.rpartition(")")[2].split()[0] in "RD" for task in tasks)
 
 
 def _key(rank: int) -> str:

@@ -6,7 +6,7 @@ PagedAttention: Kwon et al., 2023.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ class PagedKVCache:
         self.written = torch.zeros(num_blocks, block_size, dtype=torch.bool)
         """bool [num_blocks, block_size], the slots whose token a request has stored"""
         self.corrupt: Corruption | None = None
+        self.on_free: Callable[[int], object] | None = None
+        """Told of each request that gives its blocks back."""
         self.written_tokens = self.read_tokens = self.freed_tokens = 0
         self.prefixes = PrefixIndex()
         self._tables: dict[int, list[int]] = {}
@@ -180,6 +182,8 @@ class PagedKVCache:
         del self._tables[request_id]
         self._stored.pop(request_id, None)
         self._num_frees += 1
+        if self.on_free is not None:
+            self.on_free(request_id)
         if self.corrupt == Corruption(kind="skip_free", index=self._num_frees - 1):
             return
         cached = (self.owner[table] == CACHED).tolist()

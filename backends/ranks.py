@@ -22,12 +22,18 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 from backends.collectives import BACKEND
-from backends.heartbeat import Heartbeat, TCPStore, beats
+from backends.heartbeat import Heartbeat, TCPStore, beats, wants_processor
 
 SILENT_S = 6.0
-"""A rank that has not beaten for so long has stopped."""
+"""A rank that has not beaten for so long, and waits for no processor, has stopped."""
+ASLEEP_S = 1.0
+"""How long it must be seen not to wait for one."""
+STARVED_S = 60.0
+"""A rank that has not beaten for so long is lost, even if it waits for a processor."""
+WATCH_S = 8.0
+"""The same under torchrun, where ranks see each other's beats and nothing else."""
 JOIN_S = 9.0
-"""A rank that has not joined so long after the first one never will."""
+"""A rank that has not joined so long after the first one never will, unless that took longer."""
 START_S = 120.0
 """No rank at all has joined after so long."""
 POLL_S = 0.1
@@ -116,7 +122,7 @@ def run_under_torchrun(work: Work, arguments: tuple[Any, ...] = (), device: str 
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=START_S))
 
-    heart = Heartbeat(connect(), rank, watch=size, silent_s=SILENT_S)
+    heart = Heartbeat(connect(), rank, watch=size, silent_s=WATCH_S)
     join(rank, size, connect(), device)
     try:
         return work(rank, size, *arguments)
@@ -156,6 +162,7 @@ class _Supervisor:
         self._start_s = time.monotonic()
         self._beats: dict[int, int] = {}
         self._heard_s: dict[int, float] = {}
+        self._awake_s: dict[int, float] = {}
         self._first_join_s: float | None = None
 
     def wait(self) -> None:
@@ -189,17 +196,27 @@ class _Supervisor:
         for rank, code in enumerate(codes):
             if code is not None:
                 continue
-            if rank in self._heard_s and now_s - self._heard_s[rank] > SILENT_S:
+            if rank in self._heard_s and self._is_silent(rank, now_s):
+                silent_s = now_s - self._heard_s[rank]
                 raise self._lost(
-                    rank, f"has not beaten for {SILENT_S:g} s; it was stopped or hangs"
+                    rank, f"has not beaten for {silent_s:.0f} s; it was stopped or hangs"
                 )
             if rank not in self._heard_s and self._is_late(now_s):
                 raise self._lost(rank, "never joined")
 
+    def _is_silent(self, rank: int, now_s: float) -> bool:
+        """Whether a rank that beat before is lost. On a crowded machine a live one may be late."""
+        silent_s = now_s - self._heard_s[rank]
+        if silent_s <= SILENT_S or wants_processor(self._processes[rank].pid):
+            self._awake_s[rank] = now_s
+        return silent_s > STARVED_S or now_s - self._awake_s[rank] > ASLEEP_S
+
     def _is_late(self, now_s: float) -> bool:
         if self._first_join_s is None:
             return now_s - self._start_s > START_S
-        return now_s - self._first_join_s > JOIN_S
+        # On a busy machine the first one took long too: the others get as long again.
+        allowed_s = max(JOIN_S, self._first_join_s - self._start_s)
+        return now_s - self._first_join_s > allowed_s
 
     def _explain_exit(self) -> None:
         """Say who was lost first: others fail a moment later, for want of it.

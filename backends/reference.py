@@ -1,4 +1,4 @@
-"""The plain reference of the replica's numbers: transformers' own model, generate and logits."""
+"""Plain references of the replica's numbers: transformers' own model, and one rank for several."""
 
 import os
 from collections.abc import Sequence
@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from backends.forward_batch import Chunk, ForwardBatch
 from backends.sampling import Sampler
+from backends.transformer import Transformer
 
 
 class KeepLogits(Sampler):
@@ -67,3 +69,39 @@ class Reference:
         with torch.inference_mode():
             out: Tensor = self._model(input_ids=ids).logits
         return out[0, len(prompt) - 1 :].float().cpu().numpy()
+
+
+class OneRank:
+    """The same weights whole on one rank: the plain reference of several ranks.
+
+    One request at a time, one token at a time, without a replica's loop.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        self._model = model
+
+    def generate(self, prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
+        """Greedy answers."""
+        return [self._answer(prompt, [], new_tokens)[0] for prompt in prompts]
+
+    def logits(self, prompt: list[int], answer: list[int]) -> NDArray[np.float32]:
+        """Logits [answer, vocab] before each token of an answer, given the tokens before it."""
+        return np.stack(self._answer(prompt, answer, len(answer))[1])
+
+    def _answer(
+        self, prompt: list[int], forced: list[int], new_tokens: int
+    ) -> tuple[list[int], list[NDArray[np.float32]]]:
+        """Tokens, greedy where none is forced, and the logits before each."""
+        total = len(prompt) + new_tokens
+        cache = self._model.new_cache(-(-total // 16), 16)
+        cache.allocate(0, total)
+        rows: list[NDArray[np.float32]] = []
+        answer: list[int] = []
+        ids, start = list(prompt), 0
+        for step in range(new_tokens):
+            batch = ForwardBatch.build(cache, [Chunk(0, ids, start)])
+            rows.append(self._model.forward(batch, cache)[0].cpu().numpy())
+            start += len(ids)
+            ids = [forced[step] if forced else int(rows[-1].argmax())]
+            answer += ids
+        return answer, rows

@@ -12,12 +12,12 @@ import torch
 
 from backends.arrivals import Arrivals, Feed
 from backends.batch_checks import check_prefill, check_room, require_running, waiting_view
-from backends.forward_batch import Chunk, ForwardBatch
+from backends.executor import Executor
+from backends.forward_batch import Chunk
 from backends.kv_cache import PagedKVCache
 from backends.observed import ObservedView, Sequence
 from backends.prefix_cache import block_hashes, own_hashes
 from backends.sampling import Sampler
-from backends.transformer import Transformer
 from sim.engine import ReplicaLimits
 from sim.models.work import IterationShape
 from sim.policies.batching.base import Batch, Batching
@@ -32,12 +32,12 @@ Prompts = Callable[[Request], list[int]]
 
 
 class Replica:
-    """A serving engine on one device: one batched forward an iteration."""
+    """A serving engine on one device or several: one batched forward an iteration."""
 
     def __init__(  # noqa: PLR0913  what an engine is made of
         self,
         *,
-        model: Transformer,
+        model: Executor,
         cache: PagedKVCache,
         batching: Batching,
         limits: ReplicaLimits,
@@ -49,7 +49,7 @@ class Replica:
         """Put an engine together.
 
         Args:
-            model: computes logits.
+            model: computes tokens, on one rank or several.
             cache: holds the KV in the blocks of `limits`.
             batching: decides every iteration.
             limits: of the engine.
@@ -229,16 +229,7 @@ class Replica:
 
     def _compute(self, chunks: list[Chunk]) -> list[int]:
         """One forward pass; the next token of every chunk that wants one, in order."""
-        batch = ForwardBatch.build(self.cache, chunks)
-        logits = self.model.forward(batch, self.cache)
-        sampled = [chunk for chunk in chunks if chunk.sample]
-        if not sampled:
-            # No token comes back to wait for, and the iteration ends when its work is done.
-            synchronise(self.model.device)
-            return []
-        ids = [chunk.request_id for chunk in sampled]
-        positions = [chunk.start + len(chunk.token_ids) for chunk in sampled]
-        return self.sampler(logits, ids, positions)
+        return self.model.next_tokens(chunks, self.cache, self.sampler)
 
     def _append(self, chunks: list[Chunk], tokens: list[int], end_s: float) -> list[int]:
         """Hand out the tokens; returns the requests that have their last one."""
@@ -311,9 +302,3 @@ class Replica:
             f"{self.cache.free_blocks}, running {len(self._seated)}, {self.limits}); "
             "mend the policy"
         )
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for a device that works on its own."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

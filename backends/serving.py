@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+from backends.executor import Executor
 from backends.gguf_conversion import Progress
-from backends.kv_cache import Corruption, PagedKVCache
+from backends.kv_cache import Corruption
 from backends.replica import Prompts, Replica
 from backends.sampling import Sampler
 from backends.tokenizer import prompt_token_ids, request_token_ids
@@ -67,7 +68,7 @@ def open_model(
 
 
 def serve(  # noqa: PLR0913  the parts of an engine
-    model: Transformer,
+    model: Executor,
     source: Source,
     batching: Batching,
     limits: ReplicaLimits,
@@ -100,7 +101,7 @@ def serve(  # noqa: PLR0913  the parts of an engine
 
 
 def make_replica(  # noqa: PLR0913  the parts of an engine
-    model: Transformer,
+    model: Executor,
     batching: Batching,
     limits: ReplicaLimits,
     *,
@@ -113,7 +114,7 @@ def make_replica(  # noqa: PLR0913  the parts of an engine
     """A replica that is warm; see `serve`."""
     vocabulary = model.config.vocab_size
     warm_up(model, limits)
-    cache = _cache(model, limits)
+    cache = model.new_cache(limits.num_blocks, limits.block_size)
     cache.corrupt = cache.prefixes.corrupt = corruption
     return Replica(
         model=model,
@@ -137,7 +138,7 @@ def without_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
-def warm_up(model: Transformer, limits: ReplicaLimits) -> None:
+def warm_up(model: Executor, limits: ReplicaLimits) -> None:
     """Prepare for all sizes of batches, then serve a few requests, so that no first call is timed.
 
     Above 128 tokens only every 32nd size is prepared: there the first call costs little beside the
@@ -152,15 +153,9 @@ def warm_up(model: Transformer, limits: ReplicaLimits) -> None:
     few = Recorded(arrival_s=[0.0] * 3, prompt_tokens=[tokens] * 3, output_tokens=[3] * 3)
     Replica(
         model=model,
-        cache=_cache(model, small),
+        cache=model.new_cache(small.num_blocks, small.block_size),
         batching=Static(),
         limits=small,
         prompts=lambda r: prompt_token_ids(0, r.request_id, r.prompt_tokens, 64),
         sampler=Sampler(),
     ).serve(Source(few, 0, model.max_context))
-
-
-def _cache(model: Transformer, limits: ReplicaLimits) -> PagedKVCache:
-    return PagedKVCache(
-        model.config, limits.num_blocks, limits.block_size, model.device, model.dtype
-    )

@@ -76,6 +76,48 @@ class FittedIteration:
 
 
 @dataclass(kw_only=True)
+class FittedCollective:
+    """Seconds of one collective: latency_s + payload / bandwidth, judged on held-out payloads."""
+
+    operation: str
+    """all_reduce, reduce_scatter, all_gather, all_to_all, broadcast or send_receive."""
+    ranks: int
+    """Ranks of the group; a send_receive was timed between two of them."""
+    backend: str
+    """What moved the bytes: gloo or nccl."""
+    latency_s: float
+    """Seconds of an empty payload."""
+    bandwidth_bytes_per_s: float
+    """Payload of one rank a second, whatever the algorithm makes of it on the wire."""
+    heldout_median_error: float
+    """Median of |predicted - measured| / measured on held-out payloads (no unit)."""
+    heldout_worst_error: float
+    """Largest of the same (no unit)."""
+    run_to_run: float
+    """Median of what one run makes of another at the same payload, relative (no unit)."""
+    max_payload_bytes: int
+    """Largest payload that was measured, bytes."""
+    num_payloads: int
+    """Payloads that the fit saw."""
+    num_heldout: int
+    """Payloads that it was judged on."""
+
+    def __post_init__(self) -> None:
+        require_text(self, "operation", "backend")
+        require_positive(self, "bandwidth_bytes_per_s", "ranks")
+        require_not_negative(
+            self,
+            "latency_s",
+            "heldout_median_error",
+            "heldout_worst_error",
+            "run_to_run",
+            "max_payload_bytes",
+            "num_payloads",
+            "num_heldout",
+        )
+
+
+@dataclass(kw_only=True)
 class Calibration:
     """Everything fitted on one machine, and how to recognise that machine."""
 
@@ -87,6 +129,8 @@ class Calibration:
     """CPU threads that it ran with."""
     models: dict[str, FittedIteration] = field(default_factory=dict[str, FittedIteration])
     """One fit per model, by model name."""
+    collectives: dict[str, FittedCollective] = field(default_factory=dict[str, FittedCollective])
+    """One fit per operation and number of ranks, by both: all_reduce_2."""
 
     def __post_init__(self) -> None:
         require_text(self, "fingerprint", "torch_version")

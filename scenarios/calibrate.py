@@ -2,7 +2,7 @@
 
 import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hardware_models.calibration import Calibration, FittedIteration
+from hardware_models.calibration import Calibration, FittedCollective, FittedIteration
 from hardware_models.carriers import HostMemory
 from hardware_models.names import alternatives
 from hardware_models.parts import dump_node, load_node, read_node
@@ -55,7 +55,10 @@ class Options:
     device: Device = Device.cpu
     """CPU (one thread) or CUDA."""
     repeats: int = 3
-    """Timings of each shape, after one that warms up; their mean without stalls counts."""
+    """Timings of each shape, after one that warms up; their mean without stalls counts. With ranks
+    above 1, ten times as many rounds of calls; their 10th percentile counts."""
+    ranks: int = 1
+    """Above 1: measure what so many ranks of this machine send each other, and nothing else."""
     out: str | None = None
     """Node file to write; null: ~/.config/diptych/node/this_machine.yaml, on a GPU
     this_machine_cuda.yaml."""
@@ -63,6 +66,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.repeats < 1:
             raise ValueError(f"repeats={self.repeats} must be at least 1; 3 is the default")
+        if self.ranks < 1:
+            raise ValueError(f"ranks={self.ranks} must be at least 1; 2 measures two ranks")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -74,6 +79,13 @@ def main(argv: Sequence[str]) -> int:
     options = _options(argv)
     path = node_path(options.out, options.device.value)
     require_node_file(path)
+    if options.ranks > 1:
+        from scenarios import calibrate_ranks
+
+        device, rounds = options.device.value, 10 * options.repeats
+        node = store({}, calibrate_ranks.measure(options.ranks, device, rounds), device, path)
+        calibrate_ranks.show(node, path)
+        return 0
     node = calibrate(options.weights, options.device.value, options.repeats, path)
     show(node, path)
     return 0
@@ -136,16 +148,26 @@ def fit_of(measured: Sequence[Measured], jitter: Sequence[float] = ()) -> Fitted
 
 def write(fit: FittedIteration, model: str, device: str, path: Path) -> Node:
     """Add a fit to the node file of this machine, which is made if it is not there."""
+    return store({fit_name(model): fit}, {}, device, path)
+
+
+def store(
+    models: Mapping[str, FittedIteration],
+    collectives: Mapping[str, FittedCollective],
+    device: str,
+    path: Path,
+) -> Node:
+    """Add fits by name to the node file of this machine; what it holds of others is kept."""
     from backends.calibration import fingerprint, num_threads, torch_version
 
     identity = fingerprint(device)
-    fits = _kept_fits(path, identity, torch_version())
-    fits[fit_name(model)] = fit
+    kept = _kept(path, identity, torch_version())
     calibration = Calibration(
         fingerprint=identity,
         torch_version=torch_version(),
         threads=num_threads(),
-        models=fits,
+        models={**(kept.models if kept else {}), **models},
+        collectives={**(kept.collectives if kept else {}), **collectives},
     )
     node = describe_machine(device, calibration)
     dump_node(node, path)
@@ -232,15 +254,15 @@ def show(node: Node, path: Path) -> None:
     console().print(f"written to {path}: use it as node={path.stem} cost=fitted")
 
 
-def _kept_fits(path: Path, fingerprint: str, torch_version: str) -> dict[str, FittedIteration]:
-    """Fits of other models that the file holds for the same machine and torch."""
+def _kept(path: Path, fingerprint: str, torch_version: str) -> Calibration | None:
+    """What the file holds already, if it is of the same machine and torch."""
     try:
         calibration = read_node(path).calibration
     except ValueError:
-        return {}
+        return None
     if calibration is None or calibration.fingerprint != fingerprint:
-        return {}
-    return dict(calibration.models) if calibration.torch_version == torch_version else {}
+        return None
+    return calibration if calibration.torch_version == torch_version else None
 
 
 def _options(argv: Sequence[str]) -> Options:

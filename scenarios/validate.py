@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 ANSWERS = "validation.json"
 PICTURE = "timeline.png"
-TAKEN = ("policy", "accept", "engine.prefix_caching", "num_replicas")
+TAKEN = (
+    "policy", "accept", "engine.prefix_caching", "num_replicas", "tp_size", "pp_size",
+)  # fmt: skip
 """What the validation takes from the study; models, limits and loads are its own."""
 COLOURS = {
     Verdict.passed: "green", Verdict.missed: "bold red", Verdict.too_noisy: "yellow",
@@ -99,9 +101,16 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
     routings: dict[str, Routing] = {}
     if last.num_replicas > 1:
         routings = {name: composed("routing", name).policy.routing for name in names["routing"]}
+    sizes = (last.tp_size, last.pp_size)
+    if sizes != (1, 1) and (prefix_caching or routings):
+        raise ValueError(
+            f"tp_size={last.tp_size} and pp_size={last.pp_size} are validated for one replica "
+            "without a prefix cache; set engine.prefix_caching=false and num_replicas=1, or "
+            "validate one rank"
+        )
     return Plan(
-        study, options, policies, accept, out, prefix_caching, last.num_replicas, routings
-    )  # fmt: skip
+        study, options, policies, accept, out, prefix_caching, last.num_replicas, routings, *sizes
+    )
 
 
 def _rule_names(

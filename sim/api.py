@@ -70,9 +70,10 @@ def _warnings(scenario: Scenario, setup: Setup) -> list[str]:
             f"engine.iteration_overhead_s={overhead_s} has no effect with "
             "cost=fitted, whose measurements contain the engine's overhead"
         )
-    if node is not None and node.num_gpus > 1:
+    used = scenario.tp_size * scenario.pp_size
+    if node is not None and node.num_gpus > used:
         found.append(
-            f"node {node.name} has {node.num_gpus} GPUs and one replica uses one; "
+            f"node {node.name} has {node.num_gpus} GPUs and one replica uses {used}; "
             "the others cost nothing here and do nothing"
         )
     routing = scenario.policy.routing

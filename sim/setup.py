@@ -9,9 +9,9 @@ from sim.engine import Engine, ReplicaLimits
 from sim.engine_profiles import batch_limits
 from sim.memory import Device, device_of, kv_blocks, memory_need
 from sim.models.architecture import Architecture, load_architecture
-from sim.models.communication import require_parallel
 from sim.models.parallel import stage_part, tensor_part
 from sim.models.parameters import kv_bytes_per_token
+from sim.models.split import require_parallel
 from sim.scenario import Scenario
 from sim.workload.source import WorkloadTotals, check
 

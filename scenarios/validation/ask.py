@@ -9,6 +9,7 @@ from typing import NamedTuple
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from backends.calibration import Passes
+from backends.executor import Executor
 from backends.kv_cache import Corruption
 from backends.reference import Reference
 from backends.serving import open_model, require_model, serve, use_one_thread
@@ -16,13 +17,13 @@ from backends.transformer import Transformer
 from backends.weights import random_model
 from scenarios import calibrate
 from scenarios.tables import console
-from scenarios.validation import timing
+from scenarios.validation import several_ranks, timing
 from scenarios.validation.decisions import exact_lines
 from scenarios.validation.numbers import compare, number_lines
 from scenarios.validation.options import Fault, Options, Question
 from scenarios.validation.routed import RoutedCase, routed_lines
 from scenarios.validation.timing import Runs
-from scenarios.validation.verdict import Line, Verdict
+from scenarios.validation.verdict import Line, not_run
 from sim.costs.base import IterationCost
 from sim.costs.fitted import Fitted
 from sim.costs.fitting import jitter_quantiles
@@ -47,16 +48,20 @@ class Plan(NamedTuple):
     """Above 1: decisions and bytes are asked of a deployment as well."""
     routings: Mapping[str, Routing] = MappingProxyType({})
     """Rules of the router that are asked."""
+    tp_size: int = 1
+    pp_size: int = 1
 
 
 def answer(plan: Plan) -> tuple[list[Line], dict[str, Runs]]:
     """Every line of the table, and the timed runs by policy (none if time was not asked about)."""
     use_one_thread()
     asked = set(plan.options.only)
+    if plan.tp_size * plan.pp_size > 1:
+        lines, runs = several_ranks.answer(plan)
+        return _in_order(lines, asked), runs
     if asked & {Question.numbers, Question.time}:
         require_model(plan.options.weights, plan.options.device.value)
-    lines: list[Line] = []
-    runs: dict[str, Runs] = {}
+    lines, runs = [], {}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console(errors=True), transient=True) as progress:
         if asked & {Question.decisions, Question.bytes}:
@@ -72,11 +77,16 @@ def answer(plan: Plan) -> tuple[list[Line], dict[str, Runs]]:
             if Question.numbers in asked:
                 lines += _numbers(plan, transformer, model.folder, progress)
             if Question.time in asked:
-                runs, timed = _time(plan, transformer, model.name, progress)
+                runs, timed = timed_runs(plan, transformer, model.name, progress)
                 lines += timed
-    lines += [_not_run(q, "left out by only=") for q in Question if q not in asked]
+    return _in_order(lines, asked), runs
+
+
+def _in_order(lines: list[Line], asked: set[Question]) -> list[Line]:
+    """All lines by question, with a word on those that were not asked."""
+    left_out = [not_run(q, "left out by only=") for q in Question if q not in asked]
     order = [question.value for question in Question]
-    return sorted(lines, key=lambda line: order.index(line.question)), runs
+    return sorted(lines + left_out, key=lambda line: order.index(line.question))
 
 
 def _decisions_and_bytes(plan: Plan, progress: Progress) -> list[Line]:
@@ -121,7 +131,7 @@ def _numbers(
     plan: Plan, transformer: Transformer, folder: Path | None, progress: Progress
 ) -> list[Line]:
     if folder is None:
-        return [_not_run(Question.numbers, f"weights={plan.options.weights} has no reference")]
+        return [not_run(Question.numbers, f"weights={plan.options.weights} has no reference")]
     sizes = plan.options.sizes
     reference = Reference(folder, plan.options.device.value)
     lines: list[Line] = []
@@ -136,8 +146,8 @@ def _numbers(
     return lines
 
 
-def _time(
-    plan: Plan, transformer: Transformer, model: str, progress: Progress
+def timed_runs(
+    plan: Plan, transformer: Executor, model: str, progress: Progress
 ) -> tuple[dict[str, Runs], list[Line]]:
     """Time every policy; the passes of the calibration lie between the runs."""
     sizes, seed = plan.options.sizes, plan.options.seed
@@ -182,7 +192,7 @@ def _time(
 class _Costs:
     """Costs of the simulated panel: of a named calibration, or calibrated between the runs."""
 
-    def __init__(self, plan: Plan, transformer: Transformer, model: str) -> None:
+    def __init__(self, plan: Plan, transformer: Executor, model: str) -> None:
         options = plan.options
         self._device, self._model = options.device.value, model
         self._path = calibrate.node_path(options.calibration, self._device)
@@ -238,10 +248,3 @@ class _Costs:
                 calibrate.write(fit, self._model, self._device, self._path)
         except (ValueError, OSError) as error:
             warnings.warn(f"the calibration was not kept: {error}", stacklevel=2)
-
-
-def _not_run(question: Question, why: str) -> Line:
-    return Line(
-        question=question.value, metric="", simulated="", measured="", error=None,
-        verdict=Verdict.not_run, note=why,
-    )  # fmt: skip

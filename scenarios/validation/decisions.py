@@ -13,6 +13,7 @@ from backends.transformer import Transformer
 from scenarios.validation.verdict import Line, Verdict, judge_exact
 from sim.decision_rows import Decision, expand
 from sim.engine import ReplicaLimits
+from sim.models.architecture import Architecture
 from sim.models.parameters import kv_bytes_per_token
 from sim.policies.batching.base import Batching
 from sim.processes.pace import Replayed
@@ -100,14 +101,19 @@ def exact_lines(  # noqa: PLR0913  a policy, its load and how it is served
             model, batching, num_requests, seed, corruption, prefix_caching=prefix_caching
         )
     except ValueError as error:
-        return [
-            Line(
-                question=question, metric=f"{name}: {what}", simulated="", measured="stopped",
-                error=None, accepted=0, verdict=Verdict.missed, note=f"a panel stopped: {error}",
-            )
-            for question, what in (("decisions", "decisions that differ"), ("bytes", "KV bytes"))
-        ]  # fmt: skip
-    return [decision_line(name, panels), *byte_lines(name, panels, model)]
+        return stopped_lines(name, error)
+    return [decision_line(name, panels), *byte_lines(name, panels, model.config)]
+
+
+def stopped_lines(name: str, error: ValueError) -> list[Line]:
+    """A panel stopped: a miss of both questions."""
+    return [
+        Line(
+            question=question, metric=f"{name}: {what}", simulated="", measured="stopped",
+            error=None, accepted=0, verdict=Verdict.missed, note=f"a panel stopped: {error}",
+        )
+        for question, what in (("decisions", "decisions that differ"), ("bytes", "KV bytes"))
+    ]  # fmt: skip
 
 
 def decision_line(name: str, panels: Panels) -> Line:
@@ -138,14 +144,14 @@ def difference(simulated: Decision, measured: Decision) -> str:
     return "nothing"
 
 
-def byte_lines(name: str, panels: Panels, model: Transformer) -> list[Line]:
+def byte_lines(name: str, panels: Panels, config: Architecture) -> list[Line]:
     """Question 2 for one policy: KV bytes written, read and freed.
 
     The simulated side counts tokens of its own decisions and multiplies by the configuration's
     bytes; all that was written is given back by the end.
     """
-    per_token = kv_bytes_per_token(model.config, FLOAT32_BYTES)
-    done = work_done(panels.simulated, model.config, per_token)
+    per_token = kv_bytes_per_token(config, FLOAT32_BYTES)
+    done = work_done(panels.simulated, config, per_token)
     pairs = {
         "written": (done.kv_bytes_written, panels.real.kv_bytes_written),
         "read": (done.kv_bytes_read, panels.real.kv_bytes_read),

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from backends.reference import KeepLogits, Reference
+from backends.reference import KeepLogits, OneRank, Reference
 from backends.serving import serve
 from backends.tokenizer import Tokenizer
 from backends.transformer import Transformer
@@ -47,15 +47,9 @@ def compare(  # noqa: PLR0913  a model, its reference, a policy and its load
     begin = SYSTEM if prefix_caching else ""
     asked = [tokenizer.encode(begin + text) for text in TEXTS[:num_prompts]]
     kept = KeepLogits()
-    longest = max(map(len, asked)) + new_tokens
-    # Room for a part of the requests only: batches change, and some requests are pre-empted.
-    limits = ReplicaLimits(12, 192, 16, max(8, 3 * -(-longest // 16)), prefix_caching)
-    few = Recorded(
-        arrival_s=[0.0] * len(asked), prompt_tokens=[len(ids) for ids in asked],
-        output_tokens=[new_tokens] * len(asked),
-    )  # fmt: skip
     served = serve(
-        model, Source(few, 0, model.max_context), batching, limits,
+        model, Source(all_at_once(asked, new_tokens), 0, model.max_context), batching,
+        tight_limits(asked, new_tokens, prefix_caching=prefix_caching),
         prompts=lambda request: asked[request.request_id], sampler=kept,
     )  # fmt: skip
     answers = [served.answers[index] for index in range(len(asked))]
@@ -63,9 +57,25 @@ def compare(  # noqa: PLR0913  a model, its reference, a policy and its load
     return judge_answers(asked, answers, generated, kept, reference)
 
 
+def all_at_once(asked: list[list[int]], new_tokens: int) -> Recorded:
+    """The prompts as requests of t = 0."""
+    return Recorded(
+        arrival_s=[0.0] * len(asked), prompt_tokens=[len(ids) for ids in asked],
+        output_tokens=[new_tokens] * len(asked),
+    )  # fmt: skip
+
+
+def tight_limits(
+    asked: list[list[int]], new_tokens: int, *, prefix_caching: bool = False
+) -> ReplicaLimits:
+    """Room for a part of the requests only: batches change, and some requests are pre-empted."""
+    longest = max(map(len, asked)) + new_tokens
+    return ReplicaLimits(12, 192, 16, max(8, 3 * -(-longest // 16)), prefix_caching)
+
+
 def judge_answers(
     asked: list[list[int]], answers: list[list[int]], generated: list[list[int]],
-    kept: KeepLogits, reference: Reference,
+    kept: KeepLogits, reference: Reference | OneRank,
 ) -> Comparison:  # fmt: skip
     """Compare answers token by token, with logits on the replica's own tokens."""
     wanted: list[list[np.ndarray]] = []
@@ -89,18 +99,20 @@ def judge_answers(
     return Comparison(sum(map(len, answers)), wrong, near, error)
 
 
-def number_lines(name: str, found: Comparison, num_prompts: int) -> list[Line]:
-    """Question 3 for one policy."""
+def number_lines(
+    name: str, found: Comparison, num_prompts: int, whose: str = "transformers'", about: str = ""
+) -> list[Line]:
+    """Question 3 for one policy, against `whose` answers."""
     allowed = -(-found.num_tokens // NEAR_TIES_PER_TOKENS)
     wrong = found.wrong + max(found.near_ties - allowed, 0)
     close = found.logit_error <= LOGITS_ACCEPTED
     return [
         Line(
-            question="numbers", metric=f"{name}: tokens unlike transformers'",
+            question="numbers", metric=f"{name}: tokens unlike {whose}",
             simulated="", measured=f"{found.num_tokens:,} tokens",
             error=wrong, accepted=0, verdict=judge_exact(wrong),
             note=f"{num_prompts} prompts; near ties, teacher-forced: {found.near_ties} of "
-            f"{allowed} allowed",
+            f"{allowed} allowed{about}",
         ),
         Line(
             question="numbers", metric=f"{name}: largest logit difference",

@@ -34,6 +34,14 @@ class Line:
     note: str = ""
 
 
+def not_run(question: Enum, why: str) -> Line:
+    """A question that was not asked, or that has no answer here."""
+    return Line(
+        question=question.value, metric="", simulated="", measured="", error=None,
+        verdict=Verdict.not_run, note=why,
+    )  # fmt: skip
+
+
 def judge_exact(differences: int) -> Verdict:
     """Exact questions pass without any difference."""
     return Verdict.missed if differences else Verdict.passed

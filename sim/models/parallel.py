@@ -5,8 +5,8 @@ Costs, weights and KV of a rank then follow from the same formulas as those of a
 
 from dataclasses import replace
 
-from sim.models.communication import require_parallel, stage_layers
 from sim.models.dimensions import Architecture
+from sim.models.split import require_parallel, stage_layers
 
 
 def tensor_part(architecture: Architecture, tp_size: int) -> Architecture:

@@ -116,6 +116,15 @@ def load_file(path: Path) -> ModuleType:
     return module
 
 
+def user_files() -> list[Path]:
+    """Files that `load_file` has read: another process reads them too, before it unpickles."""
+    return [
+        Path(module.__file__)
+        for name, module in sys.modules.items()
+        if name.startswith(USER_MODULES) and module.__file__
+    ]
+
+
 def _entry_points(family: str, base: type[T]) -> dict[str, type[T]]:
     found: dict[str, type[T]] = {}
     for name, target in _installed(f"diptych.policies.{family}"):

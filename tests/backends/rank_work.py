@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import torch
 
@@ -98,7 +99,7 @@ def stop_for_a_while(rank: int, size: int) -> None:
     """The last rank is stopped, and killed much later, when torchrun would wait for it longer."""
     group = Collectives(range(size), Tally(rank))
     if rank == size - 1:
-        command = ["sh", "-c", f"sleep 9; kill -9 {os.getpid()}"]
+        command = ["sh", "-c", f"sleep 13; kill -9 {os.getpid()}"]
         subprocess.Popen(command, start_new_session=True)
         os.kill(os.getpid(), signal.SIGSTOP)
     group.all_reduce(torch.ones(4), "wait")
@@ -107,3 +108,10 @@ def stop_for_a_while(rank: int, size: int) -> None:
 def sum_of_ranks(rank: int, size: int) -> float:
     group = Collectives(range(size), Tally(rank))
     return float(group.all_reduce(torch.tensor([float(rank)]), "sum"))
+
+
+def wait_for_ever(rank: int, size: int, folder: str) -> None:
+    """Says which process it is, and stays."""
+    del rank, size
+    (Path(folder) / f"pid-{os.getpid()}").touch()
+    time.sleep(1000)

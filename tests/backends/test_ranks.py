@@ -1,5 +1,7 @@
 """A rank that dies, stops or never joins ends the run with its cause within ten seconds."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ from rank_work import lose, sum_of_ranks
 from torch import multiprocessing
 
 from backends import ranks
+from backends.heartbeat import wants_processor
 from backends.ranks import require_ranks, run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +39,7 @@ class Stopwatch:
     ("how", "kind", "message"),
     [
         ("SIGKILL", ChildProcessError, "rank 1 of 3 was killed by SIGKILL"),
-        ("SIGSTOP", ChildProcessError, "rank 1 of 3 has not beaten for 6 s; it was stopped"),
+        ("SIGSTOP", ChildProcessError, r"rank 1 of 3 has not beaten for \d+ s; it was stopped"),
         ("leave", ChildProcessError, "rank 1 of 3 left with exit code 7"),
         ("fail", ChildProcessError, "rank 1 of 3 failed with RuntimeError: out of luck"),
         ("raise", ValueError, "tokens=-1 must not be negative"),
@@ -60,9 +63,6 @@ def test_a_rank_that_never_joins_is_named(monkeypatch):
     start = ranks.start_processes
 
     def start_and_stop_one(*arguments, **options):
-        import os
-        import signal
-
         context = start(*arguments, **options)
         os.kill(context.processes[1].pid, signal.SIGSTOP)
         return context
@@ -80,6 +80,19 @@ def test_a_rank_that_never_joins_is_named(monkeypatch):
     with pytest.raises(ChildProcessError, match="rank 1 of 2 never joined"):
         run_ranks(sleep_instead_of_joining, 2)
     assert time.monotonic() - first_join_s[0] < LIMIT_S + 1
+
+
+def test_a_busy_process_wants_a_processor_and_a_stopped_one_does_not():
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        assert wants_processor(busy.pid)
+        busy.send_signal(signal.SIGSTOP)
+        os.waitpid(busy.pid, os.WUNTRACED)
+        assert not wants_processor(busy.pid)
+    finally:
+        busy.kill()
+        busy.wait()
+    assert not wants_processor(busy.pid)
 
 
 def test_what_ranks_return_comes_back_by_rank():
@@ -122,7 +135,7 @@ def test_torchrun_starts_the_same_work(tmp_path):
 def test_ranks_under_torchrun_watch_each_other(tmp_path):
     done = torchrun(tmp_path, "stop_for_a_while", ())
     assert done.returncode != 0
-    assert "rank 1 of 2 has not beaten for 6 s" in done.stderr
+    assert "rank 1 of 2 has not beaten for 8 s" in done.stderr
 
 
 def test_without_torchrun_the_missing_variables_are_named(monkeypatch):
@@ -130,3 +143,40 @@ def test_without_torchrun_the_missing_variables_are_named(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match="RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not in"):
         ranks.run_under_torchrun(sum_of_ranks)
+
+
+ORPHANS = r"""
+import sys; sys.path.insert(0, "tests/backends")
+from rank_work import wait_for_ever
+from backends.ranks import run_ranks
+if __name__ == "__main__":
+    run_ranks(wait_for_ever, 2, (sys.argv[1],))
+"""
+
+
+def test_ranks_end_when_their_launcher_is_killed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(ORPHANS)
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT}/tests/backends", "PATH": "/usr/bin:/bin"}
+    launcher = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)], cwd=ROOT, env=environment,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while len(started := list(tmp_path.glob("pid-*"))) < 2:
+        assert launcher.poll() is None, "the launcher ended by itself"
+        time.sleep(0.1)
+    launcher.kill()
+    launcher.wait()
+    pids = [int(path.name.removeprefix("pid-")) for path in started]
+    deadline_s = time.monotonic() + LIMIT_S
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < deadline_s, "a rank outlived its launcher"
+        time.sleep(0.1)
+
+
+def is_alive(pid):
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -42,7 +42,7 @@ def test_replayed_decisions_and_kv_bytes_are_equal_with_preemption(tiny, rule):
     assert (panels.real.trace.events["state"] == State.preempted).any(), "the pool must run out"
     line = decision_line(rule, panels)
     assert line.verdict is Verdict.passed, line.note
-    for line in byte_lines(rule, panels, tiny):
+    for line in byte_lines(rule, panels, tiny.config):
         assert line.verdict is Verdict.passed, line
 
 

@@ -30,6 +30,15 @@ def test_inside_sim_imports_go_one_way_too(folder: str) -> None:
     assert importers(folder, *INSIDE_SIM[folder]) == []
 
 
+def test_the_real_panel_counts_bytes_itself() -> None:
+    """What it moved is compared with these formulas, so it must not know them."""
+    formulas = [
+        "sim.models.communication", "sim.models.work.iteration_operators", "sim.work_done",
+        "sim.models.work.kv_bytes_per_token", "sim.models.parameters.kv_bytes_per_token",
+    ]  # fmt: skip
+    assert importers("backends", *formulas) == []
+
+
 def test_policies_are_pure() -> None:
     """The registry, which looks for their files, is no policy."""
     impure = importers("sim/policies", *IMPURE)

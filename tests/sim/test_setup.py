@@ -148,7 +148,7 @@ def test_settings_without_effect_are_warned_of() -> None:
     chunked = Policies(batching=ChunkedPrefill(chunk_tokens=128))
     with pytest.warns(UserWarning, match=r"chunk_tokens=128 is above engine.max_num_batched"):
         check(scenario(engine=narrow, policy=chunked))
-    with pytest.warns(UserWarning, match=r"has 8 GPUs and one replica uses one"):
+    with pytest.warns(UserWarning, match=r"has 8 GPUs and one replica uses 1;"):
         check(scenario(gpu=None, node=load_node("a100_80g_x8")))
 
 

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.models.architecture import known_architectures, load_architecture
-from sim.models.communication import iteration_collectives, require_parallel, stage_layers
+from sim.models.communication import iteration_collectives
+from sim.models.split import require_parallel, stage_layers
 from sim.models.work import IterationShape
 from sim.scenario import Model, Scenario
 from sim.setup import prepare
