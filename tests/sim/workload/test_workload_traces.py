@@ -121,7 +121,7 @@ def test_failed_requests_are_passed_over_and_counted(tmp_path: Path) -> None:
     workload = BurstgptTrace(path=_write(tmp_path, BURSTGPT))
     assert check(workload, 0, ANY)[:5] == (2, 1559, 248, 2, 40.0)
     assert sum(c.num_skipped for c in workload.columns(0, 1)) == 2
-    assert check(BurstgptTrace(path=workload.path, limit=1), 0, ANY) == (1, 472, 18, 1, 0.0)
+    assert check(BurstgptTrace(path=workload.path, limit=1), 0, ANY)[:5] == (1, 472, 18, 1, 0.0)
 
 
 def test_limit_stops_reading_before_what_follows(tmp_path: Path) -> None:
