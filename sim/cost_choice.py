@@ -106,13 +106,16 @@ def _load(name: str) -> Gpu:
 def _fitted(scenario: Scenario, device: Device) -> IterationCost:
     node = scenario.node
     fits = node.calibration.models if node is not None and node.calibration else {}
-    if scenario.model.name not in fits:
+    name = scenario.model.name
+    if (scenario.tp_size, scenario.pp_size) != (1, 1):
+        name += f"_tp{scenario.tp_size}_pp{scenario.pp_size}"
+    if name not in fits:
         raise ValueError(
-            f"cost=fitted needs a calibration of model {scenario.model.name} on {device.name}; "
+            f"cost=fitted needs a calibration of model {name} on {device.name}; "
             f"there is one of: {', '.join(fits) or 'none'}; run `diptych calibrate` and take "
             "node=this_machine, or take cost=roofline"
         )
-    fit, dtype = fits[scenario.model.name], scenario.model.dtype.value
+    fit, dtype = fits[name], scenario.model.dtype.value
     if fit.dtype != dtype:
         raise ValueError(
             f"model.dtype={dtype} was not calibrated, {fit.dtype} was; take model.dtype={fit.dtype}"

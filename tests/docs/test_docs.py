@@ -19,6 +19,8 @@ TOY = {
     "calibrate": ["weights=random", "repeats=1"],
 }
 """Added to the commands of the pages, so that they take a moment and need no weights."""
+SERVING = ["workload.duration_s=5", "seeds=[0]"]
+"""The same for the study whose load ends after a time."""
 STAND_IN = {"model=smollm2_135m": "model=tiny_llama"}
 """What `calibrate weights=random` measures instead."""
 HARMLESS = {"cd", "export", "git", "mkdir", "ls", "cat", "source"}
@@ -112,12 +114,19 @@ class Reader:
         sized = any(word in ("-cn", "--config-name") for word in words) or command == "calibrate"
         if "cost=fitted" in words:
             words = [STAND_IN.get(word, word) for word in words]
-        toy = TOY.get(command, []) if sized and not asks_hydra(words) else []
+        toy = toy_size(command, words) if sized and not asks_hydra(words) else []
         code = main([*words, *toy])
         expected = 1 if any(word.startswith("corrupt=") for word in words) else 0
         assert code == expected, f"{place}: `diptych {' '.join(words)}` ended with {code}"
         if command == "calibrate":
             done.touch()
+
+
+def toy_size(command: str, words: list[str]) -> list[str]:
+    if "serving" not in words:
+        return TOY.get(command, [])
+    staged = any(word.startswith("workload.stages") for word in words)
+    return [] if staged else SERVING
 
 
 def asks_hydra(words: list[str]) -> bool:

@@ -39,7 +39,7 @@ def test_replayed_decisions_and_kv_bytes_are_equal(tiny, rule):
     assert (decisions["free_blocks"] == decisions["cached_blocks"]).any(), "blocks must be dropped"
     if rule != "static":
         assert (panels.real.trace.events["state"] == State.preempted).any(), "the pool must run out"
-    for line in (decision_line(rule, panels), *byte_lines(rule, panels, tiny)):
+    for line in (decision_line(rule, panels), *byte_lines(rule, panels, tiny.config)):
         assert line.verdict is Verdict.passed, line
 
 

@@ -67,7 +67,7 @@ def test_what_is_refused_or_outside_is_a_row_with_its_reason(diptych):
     assert code == 1
     small, large = sorted(table("o"), key=lambda row: row["model"], reverse=True)
     assert "% of the requests met the SLO" in small["infeasible"]
-    assert "llama_3_70b in bf16 needs" in large["infeasible"]
+    assert "llama_3_70b in bf16 does not fit" in large["infeasible"]
     assert large["infeasible"] == large["error"]
     assert "0 within the SLO, 1 not, 1 refused" in out
     assert "none is feasible; the nearest:" in out

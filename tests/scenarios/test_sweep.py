@@ -28,7 +28,7 @@ def test_launchers_write_the_same_bytes_and_a_failing_point_leaves_the_others(di
     code, out, errors = diptych(*SWEEP, "out=basic")
     assert code == 1
     assert "2 of 4 points failed" in out
-    assert "llama_3_70b in bf16 needs" in out
+    assert "llama_3_70b in bf16 does not fit" in out
     assert errors.count("failed: ") == 2
     assert diptych(*SWEEP, "out=joblib folder", *JOBLIB)[0] == 1
     assert tables("basic") == tables("joblib folder")

@@ -81,7 +81,7 @@ def test_an_unknown_family_is_refused_with_the_known_ones():
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"model 'lama' is neither a file.*dbrx, llama_2_7b"):
+    with pytest.raises(ValueError, match=r"model 'lama' is neither a file.*dbrx, llama_2_13b"):
         load_architecture("lama")
 
 
