@@ -22,12 +22,13 @@ from rich.table import Table
 
 from hardware_models.parts import load_gpu
 from sim.engine import Engine
+from sim.models.work import IterationShape
 from sim.policies.batching.chunked_prefill import ChunkedPrefill
 from sim.policies.batching.continuous import Continuous
 from sim.processes.pace import Costed
 from sim.processes.replica import simulate
 from sim.provenance import commit, machine
-from sim.scenario import Model, Policies, Scenario
+from sim.scenario import CostFamily, Model, Policies, Scenario
 from sim.setup import prepare
 from sim.workload.poisson import Poisson
 from sim.workload.source import Source
@@ -40,11 +41,12 @@ def main() -> None:
     parser.add_argument("--million", type=int, default=1_000_000)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    macro, single, chunked = [], [], []
+    macro, single, chunked, profiled = [], [], [], []
     for _ in range(options.repeats):  # interleaved: the machine may be shared
         macro.append(simulated_s(options.requests, Continuous()))
         single.append(simulated_s(options.requests, Continuous(), one_by_one=True))
         chunked.append(simulated_s(options.requests, ChunkedPrefill()))
+        profiled.append(simulated_s(options.requests, ChunkedPrefill(), cost=CostFamily.profiled))
     process_s, peak_mb = whole_process(options.requests)
     million_s, million_peak_mb = in_child(options.million)
     sim_s = statistics.median(macro)
@@ -59,6 +61,11 @@ def main() -> None:
 
     row("simulation, continuous", options.requests, sim_s)
     row("simulation, chunked_prefill", options.requests, statistics.median(chunked))
+    row(
+        "simulation, chunked_prefill, measured tables",
+        options.requests,
+        statistics.median(profiled),
+    )
     row("one event an iteration, continuous", options.requests, statistics.median(single))
     row("whole process: diptych run", options.requests, process_s, peak_mb)
     row("simulation, continuous", options.million, million_s, million_peak_mb)
@@ -69,14 +76,33 @@ def main() -> None:
         "requests": options.requests, "sim_s": sim_s, "process_s": process_s, "peak_mb": peak_mb,
         "million_ratio": ratio, "million_peak_mb": million_peak_mb,
         "one_by_one_s": statistics.median(single), "chunked_prefill_s": statistics.median(chunked),
+        "measured_tables_s": statistics.median(profiled), **costs_of_tables(),
     }  # fmt: skip
     print(json.dumps(figures))
 
 
-def study(num_requests: int) -> Scenario:
+def costs_of_tables() -> dict[str, float]:
+    """Seconds to read the tables of a GPU, and of one iteration's cost once they are warm."""
+    start = time.perf_counter()
+    cost = prepare(study(1, CostFamily.profiled)).cost
+    load_s = time.perf_counter() - start
+    shapes = [IterationShape.of([(1800 - n, n)], [500 + n] * n, n + 1) for n in range(1, 200)]
+    for shape in shapes:
+        cost.iteration_s(shape)
+    start = time.perf_counter()
+    for shape in shapes:
+        cost.iteration_s(shape)
+    return {
+        "tables_load_s": load_s,
+        "mixed_iteration_s": (time.perf_counter() - start) / len(shapes),
+    }
+
+
+def study(num_requests: int, cost: CostFamily = CostFamily.roofline) -> Scenario:
     """The scenario that is timed."""
     return Scenario(
         name="replica_speed",
+        cost=cost,
         model=Model(name="llama_3_8b"),
         gpu=load_gpu("a100_80g"),
         engine=Engine(max_num_batched_tokens=2048),
@@ -87,9 +113,12 @@ def study(num_requests: int) -> Scenario:
     )
 
 
-def simulated_s(num_requests: int, batching: Continuous | ChunkedPrefill, **options: bool) -> float:
+def simulated_s(
+    num_requests: int, batching: Continuous | ChunkedPrefill,
+    cost: CostFamily = CostFamily.roofline, **options: bool,
+) -> float:  # fmt: skip
     """Seconds of one simulation, from the first request to the trace."""
-    scenario = study(num_requests)
+    scenario = study(num_requests, cost)
     setup = prepare(scenario)
     source = Source(scenario.workload, 0, setup.max_model_tokens)
     start = time.perf_counter()

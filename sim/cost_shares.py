@@ -7,6 +7,7 @@ import numpy as np
 from sim.costs.base import IterationCost
 from sim.costs.fitted import Fitted
 from sim.costs.kernel_cost import KernelCost
+from sim.costs.roofline import RooflineKernels
 from sim.costs.seconds import NOTHING
 from sim.models.work import IterationShape
 from sim.trace import Trace
@@ -18,6 +19,8 @@ NAMES = {
     "datasheet": "datasheet roofline",
 }
 """What results call the parts of `Seconds`."""
+ASKED = 2_000
+"""Decisions of a trace that are asked for their shares, about."""
 
 
 def cost_shares(cost: IterationCost, traces: Sequence[Trace]) -> dict[str, float]:
@@ -30,12 +33,18 @@ def cost_shares(cost: IterationCost, traces: Sequence[Trace]) -> dict[str, float
 
 
 def _kernel_shares(cost: KernelCost, traces: Sequence[Trace]) -> dict[str, float]:
-    """Parts without a share are left out. A decode stretch is judged by its middle iteration."""
+    """Parts without a share are left out. A decode stretch is judged by its middle iteration.
+
+    Of a long run every n-th decision is asked: the shares of thousands say those of all.
+    """
+    if isinstance(cost.kernels, RooflineKernels):
+        return {NAMES["datasheet"]: 1.0}
     spent = NOTHING
     for trace in traces:
         decisions = trace.decisions
-        repeat = decisions["repeat"]
-        columns = [decisions[field].tolist() for field in IterationShape._fields]
+        every = slice(None, None, max(1, len(decisions["repeat"]) // ASKED))
+        repeat = decisions["repeat"][every]
+        columns = [decisions[field][every].tolist() for field in IterationShape._fields]
         for count, *fields in zip(repeat.tolist(), *columns, strict=True):
             shape = IterationShape(*fields)
             middle = shape.decode_context + shape.num_decodes * (count - 1) // 2

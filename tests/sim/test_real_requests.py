@@ -1,4 +1,4 @@
-"""A simulated vLLM against recorded ones. Needs the recordings, which are not part of the project."""
+"""A simulated vLLM against recorded ones, where the recordings are: they are not in the project."""
 
 import importlib.util
 import json
