@@ -1,7 +1,7 @@
 """Real engines as replicas model them, and the limits that they choose for a device."""
 
 from hardware_models.schema import Gpu
-from sim.engine import Engine, require_room_for_all
+from sim.engine import Engine
 from sim.units import GIB
 
 VLLM_V1 = Engine(
@@ -32,17 +32,13 @@ def batch_limits(engine: Engine, gpu: Gpu | None) -> tuple[int, int]:
     """(`max_num_seqs`, `max_num_batched_tokens`), those left open as vLLM's server sets them.
 
     It takes 1,024 sequences and 8,192 tokens on devices of 70 GiB and more, but for the A100, and
-    256 and 2,048 on others (`EngineArgs.get_batch_defaults`).
-
-    Raises:
-        ValueError: one limit was given and the other one does not fit it.
+    256 and 2,048 on others (`EngineArgs.get_batch_defaults`), and never more sequences than tokens.
     """
     large = (
         gpu is not None
         and gpu.peak.memory_bytes >= 70 * GIB
         and not gpu.name.lower().startswith("a100")
     )
-    sequences = engine.max_num_seqs or (1024 if large else 256)
-    tokens = engine.max_num_batched_tokens or (8192 if large else 2048)
-    require_room_for_all(sequences, tokens)
-    return sequences, tokens
+    sequences, tokens = (1024, 8192) if large else (256, 2048)
+    tokens = engine.max_num_batched_tokens or max(tokens, engine.max_num_seqs or 0)
+    return engine.max_num_seqs or min(sequences, tokens), tokens

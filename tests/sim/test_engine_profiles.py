@@ -24,10 +24,14 @@ def test_vllm_takes_larger_batches_on_large_devices_but_the_a100(
 
 
 def test_limits_that_are_given_are_kept() -> None:
-    engine = Engine(max_num_seqs=64, max_num_batched_tokens=None)
-    assert batch_limits(engine, load_gpu("h100_sxm")) == (64, 8192)
-    with pytest.raises(ValueError, match=r"max_num_batched_tokens=512 must be at least .*=1024"):
-        batch_limits(Engine(max_num_seqs=None, max_num_batched_tokens=512), load_gpu("h100_sxm"))
+    def limits(sequences: int | None, tokens: int | None) -> tuple[int, int]:
+        engine = Engine(max_num_seqs=sequences, max_num_batched_tokens=tokens)
+        return batch_limits(engine, load_gpu("h100_sxm"))
+
+    assert limits(64, None) == (64, 8192)
+    assert limits(None, 512) == (512, 512)
+    assert limits(None, 16384) == (1024, 16384)
+    assert limits(10000, None) == (10000, 10000)
 
 
 def test_every_profile_is_known_by_its_own_name() -> None:
