@@ -29,6 +29,7 @@ from hardware_models.names import alternatives
 from hardware_models.parts import load_gpu, names
 from sim.api import check
 from sim.cost_shares import cost_shares
+from sim.costs.collective_silicon import SYSTEMS
 from sim.costs.kernel_cost import KernelCost
 from sim.engine import Engine
 from sim.engine_profiles import VLLM_V1
@@ -125,7 +126,8 @@ def read_requests(path: Path) -> Columns:
 def scenario_of(options: argparse.Namespace, meta: dict[str, Any], measured: Columns) -> Scenario:
     """The engine as the log says that it was set, on the GPU that it ran on."""
     settings, cache = meta["engine_kwargs"], meta.get("kv_cache", {})
-    gpu = options.silicon or options.gpu or gpu_name(options.bench, meta)
+    asked = options.silicon or options.gpu
+    gpu = our_name(asked) if asked else gpu_name(options.bench, meta)
     engine = replace(
         VLLM_V1,
         max_num_seqs=settings.get("max_num_seqs"),
@@ -174,6 +176,13 @@ def model_name(published: str) -> str:
 
 def _letters(name: str) -> str:
     return "".join(filter(str.isalnum, name.lower()))
+
+
+def our_name(asked: str) -> str:
+    """Our name of a GPU that is asked for by ours, in another spelling, or by the tables' own."""
+    known = {_letters(name): name for name in names("gpu")}
+    known |= {_letters(theirs): ours for ours, theirs in SYSTEMS.items()}
+    return known.get(_letters(asked), asked)
 
 
 def gpu_name(folder: Path, meta: dict[str, Any]) -> str:

@@ -60,10 +60,8 @@ class Engine:
     """The same for communication, where several ranks share the model."""
 
     def __post_init__(self) -> None:
-        for field in ("block_size",):
-            value = getattr(self, field)
-            if value < 1:
-                raise ValueError(f"engine.{field}={value} must be at least 1")
+        if self.block_size < 1:
+            raise ValueError(f"engine.block_size={self.block_size} must be at least 1")
         for field in ("max_num_seqs", "max_num_batched_tokens", "num_blocks", "max_model_len"):
             value = getattr(self, field)
             if value is not None and value < 1:
