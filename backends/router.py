@@ -22,7 +22,7 @@ from backends.inbox import Inbox
 from sim.engine import ReplicaLimits
 from sim.policies.batching.base import Batching
 from sim.policies.registry import USER_MODULES, load_file
-from sim.policies.routing.base import Routing
+from sim.policies.routing.base import Routing, checked_choice
 from sim.recorder import RouteRecorder
 from sim.requests import Request
 from sim.state.router_state import RouterState
@@ -137,13 +137,7 @@ class Router:
 
     def _route(self, request: Request, start: float) -> None:
         view, now_s = request.view(), time.perf_counter() - start
-        replica = self.routing.choose(self._memory, view, self.state)
-        try:
-            self.state.require(replica)
-        except ValueError as error:
-            name = type(self.routing).__name__
-            problem = f"request {request.request_id}: {error}"
-            raise ValueError(f"policy {name} at {now_s} s: {problem}; mend the policy") from error
+        replica = checked_choice(self.routing, self._memory, view, self.state, now_s)
         # The replica says at its end when it had the request.
         self.recorder.route(request.request_id, now_s, replica, now_s, self.state)
         self.state.sent(view, replica)

@@ -82,18 +82,13 @@ def _profiled(
     measured = gpu if gpu.proxy_of is None else _load(gpu.proxy_of)
     tables = open_tables(measured.name, engine.framework, engine.framework_version)
     dtype = scenario.model.dtype.value
-    peak = measured.peak.memory_bandwidth_bytes_per_s
-    kernels = SiliconKernels(
-        tables,
-        rank,
-        KernelModel.of(measured, peak, dtype),
-        dtype=dtype,
-        kv_dtype=scenario.model.cache_dtype.value,
-        tp_size=scenario.tp_size,
-    )
-    if measured is gpu:
-        return kernels
-    return Proxied(kernels, kernels.roofline, roofline)
+    theirs = roofline
+    if measured is not gpu:
+        peak = measured.peak.memory_bandwidth_bytes_per_s
+        theirs = roofline.like(model=KernelModel.of(measured, peak, dtype))
+    kv_dtype, tp_size = scenario.model.cache_dtype.value, scenario.tp_size
+    kernels = SiliconKernels(tables, theirs, dtype=dtype, kv_dtype=kv_dtype, tp_size=tp_size)
+    return kernels if measured is gpu else Proxied(kernels, theirs, roofline)
 
 
 def _load(name: str) -> Gpu:

@@ -1,7 +1,7 @@
 """Attention of a fixed number of decoding requests as a function of the tokens that they read."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -25,6 +25,18 @@ class Curve:
         self._values = [values[0], *values]
         gaps = zip(self.knots, self.knots[1:], values, values[1:], strict=False)
         self._slopes = [0.0, *((v1 - v0) / (k1 - k0) for k0, k1, v0, v1 in gaps), last_slope]
+
+    @classmethod
+    def through(cls, knots: Sequence[float], seconds: Callable[[float], float]) -> "Curve":
+        """The curve of a function, exact at the knots; beyond them it goes on as to twice the last.
+
+        Args:
+            knots: where to ask, increasing.
+            seconds: of so many tokens.
+        """
+        values = [seconds(knot) for knot in knots]
+        last = knots[-1]
+        return cls(knots, values, (seconds(2 * last) - values[-1]) / last)
 
     def at(self, context: float) -> float:
         """Seconds when `context` tokens are read."""

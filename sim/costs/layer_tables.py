@@ -1,6 +1,6 @@
 """Measurements of one model's layers that somebody profiled: what every format is read into."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,11 +40,7 @@ class LayerKernels:
     def __init__(self, tables: LayerTables, roofline: RooflineKernels) -> None:
         """Take measurements and the roofline of the same model on the same device."""
         layers = roofline.architecture.num_layers
-        model = replace(roofline.model, sm_count=None)
-        self._smooth = RooflineKernels(
-            roofline.architecture, model,
-            dtype_bytes=roofline.dtype_bytes, kv_dtype_bytes=roofline.kv_dtype_bytes,
-        )  # fmt: skip
+        self._smooth = roofline.smooth()
         self._roofline = roofline
         self._layers = layers
         tokens = tables.layer[:, 0]
@@ -118,9 +114,7 @@ class LayerKernels:
         if self._decodes is None:
             return self._roofline.decode_attention(num_decodes)
         knots = [num_decodes * length for length in self._lengths]
-        values = [self.decode_source(num_decodes, knot).total for knot in knots]
-        beyond = self.decode_source(num_decodes, 2 * knots[-1]).total
-        return Curve(knots, values, (beyond - values[-1]) / knots[-1])
+        return Curve.through(knots, lambda at: self.decode_source(num_decodes, at).total)
 
     def decode_source(self, num_decodes: int, context: float) -> Seconds:
         """One point of it, split by what it rests on."""

@@ -6,7 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.costs.curve import Curve
-from sim.costs.kernel_model import KernelModel
 from sim.costs.roofline import CONTEXTS, RooflineKernels
 from sim.costs.seconds import Seconds
 from sim.costs.table import table
@@ -41,10 +40,9 @@ class MeasuredAttention:
         self.roofline = roofline
         self._own = measured_as is None
         heads = roofline.architecture if measured_as is None else measured_as
-        # One layer, and no tiles: the table has them, and ratios get smoother.
-        smooth = replace(roofline.model, sm_count=None)
-        self._per_layer = _one_layer(heads, smooth, roofline)
-        self._smooth = _all_layers(roofline, smooth)
+        single = replace(heads, num_layers=1, sparse_layers=heads.sparse_layers and (0,))
+        self._smooth = roofline.smooth()
+        self._per_layer = self._smooth.like(architecture=single)
         self._floor_bytes_per_s = floor_bytes_per_s
         self._prompts = table(
             (batch, tokens, seconds / self._per_layer.prompts_s(_prompts(batch, tokens)))
@@ -72,9 +70,7 @@ class MeasuredAttention:
     def decode_attention(self, num_decodes: int) -> Curve:
         """Straight lines between the lengths that were measured, and a doubling grid beyond."""
         knots = [num_decodes * length for length in self._lengths]
-        values = [self.decode_source(num_decodes, knot).total for knot in knots]
-        beyond = self.decode_source(num_decodes, 2 * knots[-1]).total
-        return Curve(knots, values, (beyond - values[-1]) / knots[-1])
+        return Curve.through(knots, lambda at: self.decode_source(num_decodes, at).total)
 
     def decode_source(self, num_decodes: int, context: float) -> Seconds:
         """Seconds of one point, split by what it rests on."""
@@ -91,17 +87,3 @@ class MeasuredAttention:
 
 def _prompts(batch: float, tokens: float) -> IterationShape:
     return IterationShape.of([(int(tokens), 0)] * int(batch), (), 0)
-
-
-def _one_layer(heads: Architecture, model: KernelModel, like: RooflineKernels) -> RooflineKernels:
-    single = replace(heads, num_layers=1, sparse_layers=heads.sparse_layers and (0,))
-    return RooflineKernels(
-        single, model, dtype_bytes=like.dtype_bytes, kv_dtype_bytes=like.kv_dtype_bytes
-    )
-
-
-def _all_layers(roofline: RooflineKernels, model: KernelModel) -> RooflineKernels:
-    return RooflineKernels(
-        roofline.architecture, model,
-        dtype_bytes=roofline.dtype_bytes, kv_dtype_bytes=roofline.kv_dtype_bytes,
-    )  # fmt: skip

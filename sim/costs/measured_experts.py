@@ -94,7 +94,4 @@ def _like(roofline: RooflineKernels, shape: list[int]) -> RooflineKernels:
         max_position_embeddings=1, rope_theta=1e4, num_experts=experts, experts_per_token=topk,
         moe_intermediate_size=max(inter // tp_size, 1), sparse_layers=(0,),
     )  # fmt: skip
-    return RooflineKernels(
-        single, roofline.model,
-        dtype_bytes=roofline.dtype_bytes, kv_dtype_bytes=roofline.kv_dtype_bytes,
-    )  # fmt: skip
+    return roofline.like(architecture=single)

@@ -46,9 +46,7 @@ class Proxied:
     def decode_attention(self, num_decodes: int) -> Curve:
         """Attention of decoding requests by the tokens that they read."""
         knots = [float(num_decodes * length) for length in CONTEXTS]
-        values = [self.decode_source(num_decodes, knot).total for knot in knots]
-        beyond = self.decode_source(num_decodes, 2 * knots[-1]).total
-        return Curve(knots, values, (beyond - values[-1]) / knots[-1])
+        return Curve.through(knots, lambda at: self.decode_source(num_decodes, at).total)
 
     def decode_source(self, num_decodes: int, context: float) -> Seconds:
         """One point of it, split by what it rests on."""

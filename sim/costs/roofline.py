@@ -4,6 +4,7 @@ Operators run one after another; none of them overlaps another. What a kernel re
 and how work is cut into tiles, is `sim.costs.kernel_model`'s.
 """
 
+from dataclasses import replace
 from math import ceil
 
 from sim.costs.curve import Curve
@@ -17,8 +18,6 @@ CONTEXTS = tuple(2**power for power in range(21))
 """Lengths of one context at which decode attention is computed; straight lines in between."""
 ELEMENTWISE_PER_LAYER = 5
 """Two norms with their additions, the rotation, the write to the cache and the activation."""
-
-
 SAMPLING_KERNELS = 4
 """Widening, scaling, the largest logit, and its gathering."""
 
@@ -46,6 +45,19 @@ class RooflineKernels:
         self._chunk = self._probe(decode=False)
         self._step = self._probe(decode=True)
         self._group = architecture.num_heads / architecture.num_kv_heads
+
+    def like(
+        self, *, architecture: Architecture | None = None, model: KernelModel | None = None
+    ) -> "RooflineKernels":
+        """The same with another model or device."""
+        return RooflineKernels(
+            architecture or self.architecture, model or self.model,
+            dtype_bytes=self.dtype_bytes, kv_dtype_bytes=self.kv_dtype_bytes,
+        )  # fmt: skip
+
+    def smooth(self) -> "RooflineKernels":
+        """The same without tiles: what ratios of measurements, which have them, are taken to."""
+        return self.like(model=replace(self.model, sm_count=None))
 
     def tokens(self, tokens: int) -> Seconds:
         """Products, embedding and elementwise kernels."""
@@ -124,10 +136,7 @@ class RooflineKernels:
     def decode_attention(self, num_decodes: int) -> Curve:
         """Straight lines between powers of two, and through where computing takes over."""
         knots = sorted({float(num_decodes * kv) for kv in CONTEXTS} | self._ridge(num_decodes))
-        values = [self.decodes_s(num_decodes, knot) for knot in knots]
-        beyond = 2 * knots[-1]
-        slope = (self.decodes_s(num_decodes, beyond) - values[-1]) / (beyond - knots[-1])
-        return Curve(knots, values, slope)
+        return Curve.through(knots, lambda at: self.decodes_s(num_decodes, at))
 
     def decode_source(self, num_decodes: int, context: float) -> Seconds:
         """All of it from the datasheet."""

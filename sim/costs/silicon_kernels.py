@@ -26,15 +26,14 @@ class SiliconKernels:
     """Products, experts and attention as measured; norms, activations and sampling by datasheet."""
 
     def __init__(
-        self, tables: Silicon, architecture: Architecture, model: KernelModel, *,
+        self, tables: Silicon, roofline: RooflineKernels, *,
         dtype: str, kv_dtype: str, tp_size: int = 1,
     ) -> None:  # fmt: skip
         """Read what the model needs.
 
         Args:
             tables: of the GPU.
-            architecture: what one rank holds.
-            model: the GPU's peaks.
+            roofline: of what one rank holds, on the GPU of the tables.
             dtype: our name of the type of weights and activations.
             kv_dtype: our name of the type of the KV cache.
             tp_size: ranks that share the model: the tables of experts are by rank count.
@@ -42,13 +41,12 @@ class SiliconKernels:
         Raises:
             ValueError: the tables lack the type or the operator; says what there is.
         """
-        self.architecture = architecture
+        architecture, model = roofline.architecture, roofline.model
+        self.architecture, self.roofline = architecture, roofline
         measured_type = table_dtype(dtype, "model.dtype")
-        sizes = {"dtype_bytes": _BYTES[dtype], "kv_dtype_bytes": _BYTES[kv_dtype]}
-        self.roofline = RooflineKernels(architecture, model, **sizes)
         decodes, heads = _attention_rows(tables, architecture, kv_dtype, "generation")
         prompts, _ = _attention_rows(tables, heads or architecture, kv_dtype, "context")
-        floor = _memory_bytes_per_s(decodes, heads or architecture, model, sizes["kv_dtype_bytes"])
+        floor = _memory_bytes_per_s(decodes, heads or architecture, model, roofline.kv_dtype_bytes)
         self.attention = MeasuredAttention(
             prompts, decodes, self.roofline, floor_bytes_per_s=floor, measured_as=heads
         )
@@ -57,7 +55,7 @@ class SiliconKernels:
         self._plain = plain
         shapes = {(one.outputs, one.inputs) for one in (*plain, lm_head(architecture))}
         self.products = MeasuredProducts(
-            products, shapes, model, dtype_bytes=_BYTES[dtype], floor_bytes_per_s=floor
+            products, shapes, model, dtype_bytes=roofline.dtype_bytes, floor_bytes_per_s=floor
         )
         self.experts: MeasuredExperts | None = None
         if architecture.sparse_layers:
@@ -93,9 +91,6 @@ class SiliconKernels:
     def decode_source(self, num_decodes: int, context: float) -> Seconds:
         """One point of it, split by what it rests on."""
         return self.attention.decode_source(num_decodes, context)
-
-
-_BYTES = {"bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "fp32": 4}
 
 
 def _attention_rows(

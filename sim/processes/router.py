@@ -7,7 +7,7 @@ from simpy.events import Event
 
 from sim.engine import ReplicaLimits
 from sim.policies.batching.base import Batching
-from sim.policies.routing.base import Routing
+from sim.policies.routing.base import Routing, checked_choice
 from sim.processes.exact_time import ExactEnvironment
 from sim.processes.pace import Pace
 from sim.processes.replica import Feed, Replica
@@ -70,13 +70,7 @@ class Router:
     def _route(self, request: Request, delivered_s: float) -> int:
         """Choose, and note what was chosen."""
         view, now = request.view(), self.environment.now
-        replica = self.routing.choose(self._memory, view, self.state)
-        try:
-            self.state.require(replica)
-        except ValueError as error:
-            name = type(self.routing).__name__
-            problem = f"request {request.request_id}: {error}"
-            raise ValueError(f"policy {name} at {now} s: {problem}; mend the policy") from error
+        replica = checked_choice(self.routing, self._memory, view, self.state, now)
         self.recorder.route(request.request_id, now, replica, delivered_s, self.state)
         self.state.sent(view, replica)
         return replica

@@ -17,17 +17,6 @@ class RouterState:
         """Whether a request was sent and not answered."""
         return request_id in self._sent
 
-    def require(self, replica: int) -> None:
-        """Refuse a replica that is not there.
-
-        Raises:
-            ValueError: there is no such replica.
-        """
-        if replica not in range(self.num_replicas):
-            raise ValueError(
-                f"replica={replica!r} is chosen and there are replicas 0 to {self.num_replicas - 1}"
-            )
-
     def sent(self, request: RequestView, replica: int) -> None:
         """A request goes to a replica."""
         self._sent[request.request_id] = replica, request.prompt_tokens

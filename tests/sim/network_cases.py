@@ -24,9 +24,6 @@ class Wires:
     def path(self, source, destination):
         return np.array([self.links.number(source, destination)])
 
-    def gpu_paths(self, sources, destinations):
-        raise NotImplementedError
-
 
 def network(bandwidths, latencies=None) -> Network:
     """Link i of a test is link 2 i of the network."""

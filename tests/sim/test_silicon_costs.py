@@ -14,6 +14,7 @@ from hardware_models.parts import load_gpu
 from sim.costs.collective_silicon import silicon_folder
 from sim.costs.kernel_cost import KernelCost
 from sim.costs.kernel_model import KernelModel
+from sim.costs.roofline import RooflineKernels
 from sim.costs.seconds import Seconds
 from sim.costs.silicon import open_tables
 from sim.costs.silicon_kernels import SiliconKernels
@@ -29,7 +30,8 @@ def kernels(gpu: str, model: str = "llama_3_8b", **options: object) -> SiliconKe
     peaks = KernelModel.of(part, part.peak.memory_bandwidth_bytes_per_s, "bf16")
     tables = open_tables(gpu, "vllm", None)
     wanted = {"dtype": "bf16", "kv_dtype": "bf16"} | options
-    return SiliconKernels(tables, load_architecture(model), peaks, **wanted)
+    roofline = RooflineKernels(load_architecture(model), peaks, dtype_bytes=2, kv_dtype_bytes=2)
+    return SiliconKernels(tables, roofline, **wanted)
 
 
 def frame(file: str) -> pd.DataFrame:
@@ -99,12 +101,10 @@ def test_experts_are_read_from_their_own_table(model: str) -> None:
 
 def test_ranks_share_the_work() -> None:
     one = kernels("h100_sxm", "llama_3_70b")
-    part = load_gpu("h100_sxm")
-    peaks = KernelModel.of(part, part.peak.memory_bandwidth_bytes_per_s, "bf16")
+    rank = one.roofline.like(architecture=tensor_part(one.architecture, 4))
     four = SiliconKernels(
-        open_tables("h100_sxm", "vllm", None), tensor_part(load_architecture("llama_3_70b"), 4),
-        peaks, dtype="bf16", kv_dtype="bf16", tp_size=4,
-    )  # fmt: skip
+        open_tables("h100_sxm", "vllm", None), rank, dtype="bf16", kv_dtype="bf16", tp_size=4
+    )
     ratio = one.tokens(2048).total / four.tokens(2048).total
     assert 3 < ratio < 4.5
 

@@ -51,6 +51,24 @@ class Routing(Policy):
         """
 
 
+def checked_choice(
+    routing: Routing, memory: Any, request: RequestView, view: RouterView, now_s: float
+) -> int:
+    """What a rule chooses, for both panels.
+
+    Raises:
+        ValueError: there is no such replica.
+    """
+    replica = routing.choose(memory, request, view)
+    if replica not in range(view.num_replicas):
+        raise ValueError(
+            f"policy {type(routing).__name__} at {now_s} s: request {request.request_id}: "
+            f"replica={replica!r} is chosen and there are replicas 0 to {view.num_replicas - 1}; "
+            "mend the policy"
+        )
+    return replica
+
+
 def lightest(loads: Sequence[int], among: Sequence[int] | None = None) -> int:
     """The replica with the smallest load; of several, the first."""
     return min(range(len(loads)) if among is None else among, key=loads.__getitem__)
