@@ -6,7 +6,7 @@ with or without `attention.csv`, is Vidur's and Frontier's (milliseconds). Eithe
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ ONCE = ("embedding", "final_layernorm")
 """LLMServingSim's layers that a model has once."""
 TWICE = ("layernorm",)
 """Those that every layer has twice."""
+WORDS = ("layer", "is_prefill")
+"""Columns that do not hold numbers."""
 PER_LAYER = (
     "input_layernorm", "attn_pre_proj", "attn_rope", "attn_post_proj",
     "post_attention_layernorm", "mlp_up_proj", "mlp_act", "mlp_down_proj", "add",
@@ -169,4 +171,15 @@ def _csv(folder: Path, name: str, needed: tuple[str, ...]) -> dict[str, NDArray[
     if frame[list(needed)].isna().to_numpy().any():
         line = int(frame[list(needed)].isna().to_numpy().any(axis=1).argmax()) + 2
         raise ValueError(f"{path}:{line}: a value is missing; measure that point again")
+    for column in (one for one in frame if one in needed or one.startswith("time_stats.")):
+        if column in WORDS:
+            continue
+        numbers: Any = cast(Any, pd).to_numeric(frame[column], errors="coerce")
+        wrong = (numbers.isna() & frame[column].notna()).to_numpy()
+        if wrong.any():
+            at = int(wrong.argmax())
+            raise ValueError(
+                f"{path}:{at + 2}: {column}={frame[column].iloc[at]!r} must be a number; measure "
+                "that point again"
+            )
     return {column: frame[column].to_numpy() for column in frame}

@@ -116,6 +116,7 @@ def test_what_the_tables_lack_is_counted_as_datasheet(vidur: Path) -> None:
     [
         ("dense.csv", "layer,tokens\nqkv_proj,1\n", r"dense\.csv: lacks column time_us; it has"),
         ("dense.csv", DENSE + "qkv_proj,,3\n", r"dense\.csv:10: a value is missing; measure"),
+        ("dense.csv", DENSE + "qkv_proj,9,x\n", r"dense\.csv:10: time_us='x' must be a number"),
         ("attention.csv", "", r"attention\.csv: cannot be read as CSV"),
         ("per_sequence.csv", None, r"lacks per_sequence\.csv; profile it"),
     ],
