@@ -29,7 +29,7 @@ from sim.policies.batching.chunked_prefill import ChunkedPrefill
 from sim.policies.routing.prefix_aware import PrefixAware
 from sim.policies.routing.round_robin import RoundRobin
 from sim.processes.pace import Costed
-from sim.processes.router import simulate_replicas
+from sim.processes.router import Engines, simulate_replicas
 from sim.provenance import commit, machine
 from sim.scenario import Model, Policies, Scenario
 from sim.setup import prepare
@@ -104,10 +104,11 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
         setup = prepare(scenario)
     source = Source(scenario.workload, 0, setup.max_model_tokens)
     begin, cpu_begin = time.perf_counter(), time.process_time()
-    trace = simulate_replicas(
-        source, scenario.policy.routing, scenario.policy.batching, setup.limits,
-        [Costed(setup.cost)] * replicas, one_by_one=name.endswith("one_by_one"),
+    engines = Engines(
+        batching=scenario.policy.batching, limits=setup.limits,
+        paces=[Costed(setup.cost)] * replicas, one_by_one=name.endswith("one_by_one"),
     )  # fmt: skip
+    trace = simulate_replicas(source, scenario.policy.routing, engines)
     seconds, cpu_s = time.perf_counter() - begin, time.process_time() - cpu_begin
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     figures = summarise(scenario, setup, trace)

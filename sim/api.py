@@ -10,7 +10,7 @@ from sim.policies.routing.prefix_aware import PrefixAware
 from sim.policies.routing.round_robin import RoundRobin
 from sim.processes.pace import Costed
 from sim.processes.replica import simulate
-from sim.processes.router import simulate_replicas
+from sim.processes.router import Engines, simulate_replicas
 from sim.provenance import provenance
 from sim.result import Result
 from sim.scenario import Scenario
@@ -102,10 +102,11 @@ def _simulate(scenario: Scenario, setup: Setup, seed: int) -> Trace:
     ahead = scenario.engine.schedules_ahead
     if scenario.num_replicas == 1:
         return simulate(source, batching, setup.limits, pace, schedules_ahead=ahead)
-    return simulate_replicas(
-        source, scenario.policy.routing, batching, setup.limits,
-        [pace] * scenario.num_replicas, schedules_ahead=ahead,
+    engines = Engines(
+        batching=batching, limits=setup.limits, paces=[pace] * scenario.num_replicas,
+        schedules_ahead=ahead,
     )  # fmt: skip
+    return simulate_replicas(source, scenario.policy.routing, engines)
 
 
 def _require_one_group(plan: InstancePlan) -> None:

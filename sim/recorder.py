@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -161,12 +162,30 @@ class Recorder:
         )
 
 
+class Choice(NamedTuple):
+    """A replica that a router chose, and what it had observed before."""
+
+    replica: int
+    """Its number."""
+    seen: tuple[int, int, int]
+    """Requests and tokens outstanding at all that it chose from, and requests at the chosen one."""
+
+    @classmethod
+    def of(cls, place: int, view: RouterView, numbers: Sequence[int]) -> "Choice":
+        """The choice of a place among replicas with these numbers."""
+        requests = view.outstanding_requests
+        return cls(numbers[place], (sum(requests), sum(view.outstanding_tokens), requests[place]))
+
+
 class RouteRecorder:
-    """Collects what a router decides and learns."""
+    """Collects what a router decides and learns, and how KV moves."""
 
     def __init__(self) -> None:
         self._routes = array("d")
         self._answers = array("d")
+        self._hand_overs = array("d")
+        self._row: dict[int, int] = {}
+        """Where the last hand-over of a request begins in `_hand_overs`."""
 
     @property
     def num_routes(self) -> int:
@@ -175,31 +194,50 @@ class RouteRecorder:
 
     @property
     def num_answers(self) -> int:
-        """Answers known so far."""
+        """Reports known so far."""
         return len(self._answers) // len(schema.ANSWERS)
 
     def route(
-        self, request_id: int, instant_s: float, replica: int, delivered_s: float, seen: RouterView
+        self, request_id: int, instant_s: float, choice: Choice, delivered_s: float
     ) -> None:
-        """A request is sent to a replica, which has it at `delivered_s`.
+        """A request is sent to a replica, which has it at `delivered_s`."""
+        self._routes.extend(self._decision(request_id, instant_s, choice, delivered_s))
 
-        `seen` is the router before that.
-        """
-        requests = seen.outstanding_requests
-        self._routes.extend(
-            (request_id, instant_s, replica, delivered_s, sum(requests),
-             sum(seen.outstanding_tokens), requests[replica], self.num_answers)
+    def answer(self, request_id: int, instant_s: float, replica: int) -> None:
+        """The router learns that a replica has done its part of a request."""
+        self._answers.extend((request_id, instant_s, replica))
+
+    def hand_over(  # noqa: PLR0913, PLR0917  the row of a table
+        self, request_id: int, instant_s: float, choice: Choice, announced_s: float, source: int,
+        kv_tokens: int,
+    ) -> None:  # fmt: skip
+        """A prefilled request goes from one replica to another, which knows it at `announced_s`."""
+        self._row[request_id] = len(self._hand_overs)
+        never = float("nan")
+        self._hand_overs.extend(
+            (*self._decision(request_id, instant_s, choice, announced_s), source, kv_tokens,
+             never, never, never)
         )  # fmt: skip
 
-    def answer(self, request_id: int, instant_s: float) -> None:
-        """The router learns that an answer is complete."""
-        self._answers.extend((request_id, instant_s))
+    def moved(self, request_id: int, what: str, instant_s: float) -> None:
+        """KV of a handed-over request moved: `fetched_s`, `delivered_s` or `released_s`."""
+        self._hand_overs[self._row[request_id] + _HAND_OVER_COLUMNS.index(what)] = instant_s
 
-    def tables(self) -> tuple[Table, Table]:
-        """Routes and answers so far."""
-        return _rows(schema.ROUTES, self._routes), _rows(schema.ANSWERS, self._answers)
+    def tables(self) -> tuple[Table, Table, Table]:
+        """Routes, answers and hand-overs so far."""
+        return (
+            _rows(schema.ROUTES, self._routes),
+            _rows(schema.ANSWERS, self._answers),
+            _rows(schema.HAND_OVERS, self._hand_overs),
+        )
+
+    def _decision(
+        self, request_id: int, instant_s: float, choice: Choice, delivered_s: float
+    ) -> tuple[float, ...]:
+        return request_id, instant_s, choice.replica, delivered_s, *choice.seen, self.num_answers
 
 
+_HAND_OVER_COLUMNS = tuple(schema.HAND_OVERS)
 _WIDTH = len(schema.DECISIONS) - 1
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 PREFILL, DECODE = 1, 2
 """Bits of an iteration's kind; both: a mixed iteration."""
@@ -31,6 +31,8 @@ class State(IntEnum):
     decoding = 2
     preempted = 3
     finished = 4
+    handed_over = 5
+    """It has its first token here and goes on elsewhere; its KV stays until it is fetched."""
 
 
 Array = NDArray[Any]
@@ -49,8 +51,17 @@ ROUTES = {
 }  # fmt: skip
 """Decisions of a router. `outstanding_...` and `chosen_requests` (those of the chosen replica) were
 observed before, when it knew of so many `answers`; the replica had the request at `delivered_s`."""
-ANSWERS = {"request": "i", "instant_s": "f"}
-"""Answers in the order in which the router learnt of them."""
+ANSWERS = {"request": "i", "instant_s": "f", "replica": "i"}
+"""What replicas reported done, in the order in which the router learnt of it: answers, and by one
+that only prefills, first tokens."""
+HAND_OVERS = {
+    "request": "i", "instant_s": "f", "replica": "i", "announced_s": "f",
+    "outstanding_requests": "i", "outstanding_tokens": "i", "chosen_requests": "i", "answers": "i",
+    "source": "i", "kv_tokens": "i", "fetched_s": "f", "delivered_s": "f", "released_s": "f",
+}  # fmt: skip
+"""Prefilled requests that go from replica `source` to another, and what was observed before, as in
+`ROUTES`. The other knew of it at `announced_s`, gave it blocks at `fetched_s` and had the KV of
+`kv_tokens` tokens at `delivered_s`; the source had its blocks back at `released_s`."""
 RUNS = {"request": "i", "first_iteration": "i", "count": "i"}
 SPANS = {"start_s": "f", "end_s": "f", "flops": "f", "bytes": "f", "request": "i"}
 SPAN_NAMES = ("resource", "operation")
@@ -98,12 +109,15 @@ class Trace:
     """State changes in order of time."""
     runs: Mapping[str, Array]
     """Tokens of a stay on the replica: one at the end of `first_iteration`, then `count` more at
-    the ends of the next `count` iterations that decode."""
+    the ends of the next `count` iterations that decode. Of a request that was handed over with its
+    first token, `first_iteration` is the first that it decodes in."""
     decisions: Mapping[str, Array]
     decision_lists: Mapping[str, Ragged]
     routes: Mapping[str, Array] = field(default_factory=lambda: empty(ROUTES))
     """Without rows where there is one replica and no router."""
     answers: Mapping[str, Array] = field(default_factory=lambda: empty(ANSWERS))
+    hand_overs: Mapping[str, Array] = field(default_factory=lambda: empty(HAND_OVERS))
+    """Without rows where every replica prefills and decodes."""
     spans: Mapping[str, Array] = field(default_factory=lambda: empty(SPANS))
     span_names: Mapping[str, list[str]] = field(
         default_factory=lambda: {name: [] for name in SPAN_NAMES}

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TABLES = (
-    "iterations", "requests", "events", "runs", "decisions", "spans", "routes", "answers"
+    "iterations", "requests", "events", "runs", "decisions", "spans", "routes", "answers",
+    "hand_overs",
 )  # fmt: skip
 STAMP = b"diptych_trace_schema"
 

@@ -14,7 +14,12 @@ from sim.trace import Array, Ragged, Table, Trace
 STACKED = ("iterations", "requests", "events", "runs", "decisions", "spans")
 
 
-def merge(traces: list[Trace], routes: Mapping[str, Array], answers: Mapping[str, Array]) -> Trace:
+def merge(
+    traces: list[Trace],
+    routes: Mapping[str, Array],
+    answers: Mapping[str, Array],
+    hand_overs: Mapping[str, Array],
+) -> Trace:
     """The trace of a deployment.
 
     Args:
@@ -22,6 +27,7 @@ def merge(traces: list[Trace], routes: Mapping[str, Array], answers: Mapping[str
             by one, so that they are never held twice.
         routes: where the router sent each request.
         answers: in the order in which it learnt of them.
+        hand_overs: requests that went from one replica to another.
     """
     firsts = np.cumsum([0, *(trace.num_iterations for trace in traces)])
     parts = [{name: dict(getattr(one, name)) for name in STACKED} for one in traces]
@@ -38,30 +44,35 @@ def merge(traces: list[Trace], routes: Mapping[str, Array], answers: Mapping[str
         decision_lists={name: _join([one.pop(name) for one in lists]) for name in list(lists[0])},
         routes=routes,
         answers=answers,
+        hand_overs=hand_overs,
         span_names={name: [text for one in names for text in one[name]] for name in names[0]},
     )
 
 
 def num_replicas(trace: Trace) -> int:
     """Replicas that did something, or were sent something."""
-    numbers = (trace.iterations["replica"], trace.routes["replica"])
+    tables = (trace.iterations, trace.routes, trace.hand_overs)
+    numbers = [table["replica"] for table in tables]
     return max((int(column.max()) + 1 for column in numbers if len(column)), default=1)
 
 
 def of_replica(trace: Trace, replica: int) -> Trace:
-    """What one replica did; its requests are those that the router sent there."""
+    """What one replica did; its requests are those that were sent or handed over to it."""
     mine = trace.iterations["replica"] == replica
     first = int(np.argmax(mine)) if mine.any() else 0
     rows = np.flatnonzero(trace.decisions["replica"] == replica)
     start, stop = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
-    routed = trace.routes["request"][trace.routes["replica"] == replica]
+    sent = [
+        table["request"][table["replica"] == replica] for table in (trace.routes, trace.hand_overs)
+    ]
+    requests = np.concatenate(sent)
     runs = trace.runs["first_iteration"] - first
     ran = (runs >= 0) & (runs < mine.sum())
     part = _chosen(trace.runs, ran)
     return replace(
         trace,
         iterations=_chosen(trace.iterations, mine),
-        requests=_chosen(trace.requests, np.isin(trace.requests["request"], routed)),
+        requests=_chosen(trace.requests, np.isin(trace.requests["request"], requests)),
         events=_chosen(trace.events, trace.events["replica"] == replica),
         runs={**part, "first_iteration": part["first_iteration"] - first},
         decisions={name: column[start:stop] for name, column in trace.decisions.items()},
@@ -69,7 +80,8 @@ def of_replica(trace: Trace, replica: int) -> Trace:
             name: _slice(ragged, start, stop) for name, ragged in trace.decision_lists.items()
         },
         routes=_chosen(trace.routes, trace.routes["replica"] == replica),
-        answers=_chosen(trace.answers, np.isin(trace.answers["request"], routed)),
+        answers=_chosen(trace.answers, trace.answers["replica"] == replica),
+        hand_overs=_chosen(trace.hand_overs, trace.hand_overs["replica"] == replica),
     )
 
 

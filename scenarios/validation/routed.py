@@ -25,7 +25,7 @@ from sim.models.parameters import kv_bytes_per_token
 from sim.policies.batching.base import Batching
 from sim.policies.routing.base import Routing
 from sim.processes.pace import Replayed
-from sim.processes.router import RouterLog, simulate_replicas
+from sim.processes.router import Engines, RouterLog, simulate_replicas
 from sim.trace import Trace
 from sim.trace_merge import of_replica
 from sim.work_done import work_done
@@ -69,21 +69,17 @@ def run_both_routed(case: RoutedCase) -> RoutedPanels:
     )  # fmt: skip
     source = Source(load, case.seed, CONTEXT)
     real = serve_routed(spec, source, case.routing, case.num_replicas)
-    requests, routes = real.trace.requests, real.trace.routes
+    requests = real.trace.requests
     hashes = [request.prefix_hashes for request in source.initial()] if caching else None
     again = replayed(
         requests["arrival_s"], requests["prompt_tokens"], requests["output_tokens"],
         prefix_hashes=hashes, hash_block_tokens=HASH_TOKENS,
     )  # fmt: skip
-    log = RouterLog(
-        routes["instant_s"].tolist(), routes["delivered_s"].tolist(), routes["answers"].tolist(),
-        real.trace.answers["request"].tolist(),
-    )  # fmt: skip
     paces = [Replayed.of(of_replica(real.trace, at)) for at in range(case.num_replicas)]
+    engines = Engines(batching=case.batching, limits=limits, paces=paces, one_by_one=True)
     simulated = simulate_replicas(
-        Source(again, 0, CONTEXT), case.routing, case.batching, limits, paces, one_by_one=True,
-        log=log,
-    )  # fmt: skip
+        Source(again, 0, CONTEXT), case.routing, engines, RouterLog.of(real.trace)
+    )
     return RoutedPanels(real, simulated, case.num_replicas)
 
 

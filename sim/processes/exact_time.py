@@ -21,6 +21,10 @@ class ExactEnvironment(simpy.Environment):
         """An event at `instant_s`, before every boundary of that instant."""
         return self._at(instant_s, URGENT)
 
+    def decision(self, instant_s: float) -> Event:
+        """An event at `instant_s`, after every arrival and boundary of that instant."""
+        return self._at(instant_s, EventPriority(NORMAL + 1))
+
     def advance(self, boundary: Event, instant_s: float) -> Event:
         """Let whoever waits for `boundary` go on at the earlier `instant_s`."""
         earlier = self._at(instant_s, NORMAL)
@@ -28,12 +32,12 @@ class ExactEnvironment(simpy.Environment):
         return earlier
 
     def fire(self, event: Event, instant_s: float) -> None:
-        """Let an event that somebody may already wait for fire at `instant_s`, as a boundary."""
+        """Let an event that somebody may already wait for fire at `instant_s`, as an arrival."""
         if instant_s < self._now:
             raise ValueError(f"instant_s={instant_s} lies before now={self._now}")
         event._ok = True  # pyright: ignore[reportPrivateUsage]
         event._value = None  # pyright: ignore[reportPrivateUsage]
-        heappush(self._queue, (instant_s, NORMAL, next(self._eid), event))
+        heappush(self._queue, (instant_s, URGENT, next(self._eid), event))
 
     def _at(self, instant_s: float, priority: EventPriority) -> Event:
         if instant_s < self._now:

@@ -180,7 +180,7 @@ class Network:
         wake_s = self.shared.next_finish_s()
         if wake_s < self._wake_s:
             self._wake_s = wake_s
-            self._waker = self._call(wake_s, self._wake)
+            self._waker = self._call(wake_s, self._wake, early=True)
 
     def _finished(self, flows: Flows, now: float) -> None:
         owners, first, counts = np.unique(flows.owners, return_index=True, return_counts=True)
@@ -202,13 +202,17 @@ class Network:
             transfer.arrives_s = max(transfer.arrives_s, sent_s + latency_s)
 
     def _deliver(self, transfer: Transfer) -> None:
-        self._call(transfer.arrives_s, lambda _: self._count_delivered(transfer))
+        # Before the boundaries of that instant, so that what is decided there finds the bytes.
+        self._call(transfer.arrives_s, lambda _: self._count_delivered(transfer), early=True)
         self.environment.fire(transfer, transfer.arrives_s)
 
     def _count_delivered(self, transfer: Transfer) -> None:
         self.delivered_bytes += transfer.num_bytes
 
-    def _call(self, instant_s: float, then: Callable[[Event], Any]) -> Event:
-        event = self.environment.boundary(instant_s)
+    def _call(
+        self, instant_s: float, then: Callable[[Event], Any], *, early: bool = False
+    ) -> Event:
+        environment = self.environment
+        event = (environment.arrival if early else environment.boundary)(instant_s)
         event.callbacks = [then]
         return event

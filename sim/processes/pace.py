@@ -1,11 +1,13 @@
 """How long a replica's iterations last: from a cost, or as logged by the other panel."""
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from hashlib import blake2b
 from itertools import accumulate
 from struct import pack
 from typing import Protocol
+
+import numpy as np
 
 from sim.costs.base import IterationCost
 from sim.models.work import IterationShape
@@ -16,8 +18,16 @@ class Pace(Protocol):
     """Turns work into boundaries on the time axis."""
 
     @property
-    def start_s(self) -> float:
-        """No decision is taken before this instant."""
+    def start_s(self) -> float | None:
+        """When the first decision is taken; None: when something has come in."""
+        ...
+
+    def decides_s(self, now_s: float) -> float:
+        """When the next decision is taken, if an iteration has ended at `now_s` or none ran."""
+        ...
+
+    def wakes_s(self, now_s: float) -> float | None:
+        """When an idle replica decides again; None: as soon as something comes in."""
         ...
 
     def iteration(self, now_s: float, shape: IterationShape) -> list[float]:
@@ -31,10 +41,23 @@ class Pace(Protocol):
         ...
 
 
-class Costed:
-    """Boundaries from a cost, each iteration's seconds added to the boundary before it."""
+class AtOnce:
+    """Decides as soon as there is something to decide about."""
 
-    start_s = 0.0
+    start_s = None
+
+    def decides_s(self, now_s: float) -> float:
+        """Now."""
+        return now_s
+
+    def wakes_s(self, now_s: float) -> float | None:
+        """When something comes in."""
+        del now_s
+        return None
+
+
+class Costed(AtOnce):
+    """Boundaries from a cost, each iteration's seconds added to the boundary before it."""
 
     def __init__(self, cost: IterationCost) -> None:
         self._iteration_s = cost.iteration_s
@@ -52,15 +75,13 @@ class Costed:
         return list(accumulate(seconds, initial=now_s))
 
 
-class Jittered:
+class Jittered(AtOnce):
     """As `Costed`, but no iteration takes quite what its like take on average.
 
     Each takes its cost times one of the measured ratios. Which one depends on the seed and on the
     instant of its start only, so that a decode stretch has the boundaries of its iterations one by
     one.
     """
-
-    start_s = 0.0
 
     def __init__(self, cost: IterationCost, ratios: Sequence[float], seed: int) -> None:
         """Take equally likely ratios of an iteration's seconds to their mean; empty: none."""
@@ -87,34 +108,51 @@ class Jittered:
 
 
 class Replayed:
-    """Boundaries are the instants of decisions that another run logged: replay."""
+    """Decides at the instants at which another run did, and ends iterations when it did: replay."""
 
-    def __init__(self, instants_s: Sequence[float], end_s: float) -> None:
-        """Take the decision instants, increasing, and the end of the last iteration."""
-        self._boundaries = [*instants_s, end_s]
-        self.start_s = self._boundaries[0]
+    def __init__(
+        self, instants_s: Sequence[float], ends_s: Sequence[float], others_s: Sequence[float] = ()
+    ) -> None:
+        """Take over a log.
+
+        Args:
+            instants_s: of every decision, increasing.
+            ends_s: of the iteration after each.
+            others_s: instants at which something else was decided, such as to fetch KV.
+        """
+        self._instants = sorted({*instants_s, *others_s})
+        self._end_s = dict(zip(instants_s, ends_s, strict=True))
+        self.start_s = self._instants[0] if self._instants else None
 
     @classmethod
     def of(cls, trace: Trace) -> "Replayed":
-        """The instants of a trace of one replica, whose decisions were logged one by one."""
-        if not trace.num_iterations:
-            return cls([], 0.0)
-        last_s = float(trace.iterations["end_s"][-1])
-        return cls(trace.decisions["instant_s"].tolist(), last_s)
+        """The instants of a trace of one replica, all of whose decisions were asked for."""
+        fetched_s = trace.hand_overs["fetched_s"]
+        return cls(
+            trace.iterations["start_s"].tolist(),
+            trace.iterations["end_s"].tolist(),
+            fetched_s[~np.isnan(fetched_s)].tolist(),
+        )
+
+    def decides_s(self, now_s: float) -> float:
+        """The first logged instant from now on."""
+        index = bisect_left(self._instants, now_s)
+        # Past the log the panels have parted; the count of decisions will say so.
+        return self._instants[index] if index < len(self._instants) else now_s
+
+    def wakes_s(self, now_s: float) -> float | None:
+        """The first logged instant after now."""
+        index = bisect_right(self._instants, now_s)
+        return self._instants[index] if index < len(self._instants) else None
 
     def iteration(self, now_s: float, shape: IterationShape) -> list[float]:
-        """From this decision to the next logged one."""
+        """From this decision to the logged end of its iteration."""
         del shape
-        return [now_s, self._after(now_s)]
+        return [now_s, self._end_s.get(now_s, now_s + 1.0)]
 
     def decode_run(
         self, now_s: float, num_decodes: int, decode_context: int, iterations: int
     ) -> list[float]:
-        """From this decision to the next logged one: replay goes one by one."""
+        """As one iteration: replay goes one by one."""
         del num_decodes, decode_context, iterations
-        return [now_s, self._after(now_s)]
-
-    def _after(self, now_s: float) -> float:
-        index = bisect_right(self._boundaries, now_s)
-        # Past the log the panels have parted; the count of decisions will say so.
-        return self._boundaries[index] if index < len(self._boundaries) else now_s + 1.0
+        return [now_s, self._end_s.get(now_s, now_s + 1.0)]

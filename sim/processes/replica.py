@@ -3,7 +3,8 @@
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Generator
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 from simpy.events import Event
 
@@ -14,13 +15,37 @@ from sim.policies.batching.base import DECODE, ONE_BY_ONE, Batch, Batching, Wake
 from sim.processes.exact_time import ExactEnvironment
 from sim.processes.pace import Pace
 from sim.recorder import Recorder
-from sim.requests import Request
+from sim.requests import Request, RequestView
 from sim.state.replica_state import ReplicaState, Seat
 from sim.trace import State, Trace
 from sim.workload.source import Source
 
 Finished = Callable[[int, float], None]
 """Called with (request id, instant) when a request has its last token."""
+PassOn = Callable[[Request, float], None]
+"""Called with (request, instant) when a request has its first token and goes on elsewhere."""
+
+
+class Inlet(Protocol):
+    """Where requests come in that were prefilled elsewhere."""
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests whose KV is still elsewhere."""
+        ...
+
+    def take(self, replica: "Replica") -> None:
+        """Seat the requests whose KV has come, and decide whose is fetched now."""
+        ...
+
+
+class News(NamedTuple):
+    """What came in after the next decision was taken, one iteration ahead."""
+
+    instant_s: float
+    apply: Callable[[], object]
+    always: bool
+    """Whether it ends every decode stretch."""
 
 
 class Replica:
@@ -37,8 +62,11 @@ class Replica:
         schedules_ahead: bool = False,
         finished: Finished | None = None,
         number: int = 0,
+        pass_on: PassOn | None = None,
+        inlet: Inlet | None = None,
     ) -> None:
         self.environment = environment
+        self.number = number
         self.batching = batching
         self.pace = pace
         self.one_by_one = one_by_one
@@ -46,17 +74,21 @@ class Replica:
         self.state = ReplicaState(limits)
         self.recorder = Recorder(number)
         self._memory = batching.init()
+        self._pass_on, self._inlet = pass_on, inlet
         self._idle: Event | None = None
         self._timer: Event | None = None
-        """The end of the decode stretch under way, if an arrival may cut it short."""
+        """The end of the decode stretch under way, if it may be cut short."""
+        self._arrival_cuts = False
+        """Whether an arrival is enough for that."""
         self._boundaries: list[float] = []
         """The boundaries of that stretch, its start first."""
         self._settled = 0
         """Iterations of that stretch that `state` already counts."""
         self._joined: list[int] = []
         self._left: list[int] = []
-        self._unseen: deque[tuple[float, Request]] | None = deque() if schedules_ahead else None
-        """When they came and which: after the next decision was taken, one iteration ahead."""
+        self._newcomers: list[Seat] = []
+        """Requests from elsewhere that have not decoded here yet."""
+        self._unseen: deque[News] | None = deque() if schedules_ahead else None
         self._decided_s = 0.0
         """Start of the last iteration: when the decision at its end was taken, if ahead."""
         self.process = environment.process(self.serve())
@@ -64,16 +96,25 @@ class Replica:
     def submit(self, request: Request) -> None:
         """Take a request at its arrival. One that comes in mid-run ends the run at a boundary."""
         self.recorder.arrived(request)
+        self.notice(partial(self.state.submit, request), always=False)
+
+    def notice(self, apply: Callable[[], object], *, always: bool = True) -> None:
+        """Take something that comes from outside: the next decision sees it.
+
+        Args:
+            apply: makes it part of the state.
+            always: whether it ends every decode stretch, or as an arrival only some.
+        """
         later = 0
         if self._unseen is None or self._idle is not None:
-            self.state.submit(request)
+            apply()
         else:
-            self._unseen.append((self.environment.now, request))
+            self._unseen.append(News(self.environment.now, apply, always))
             later = 1
         if self._idle is not None:
             self._idle.succeed()
             self._idle = None
-        elif self._timer is not None:
+        elif self._timer is not None and (always or self._arrival_cuts):
             boundaries = self._boundaries
             count = bisect_left(boundaries, self.environment.now, 1) + later
             if count < len(boundaries) - 1:
@@ -83,10 +124,18 @@ class Replica:
             self._timer = None
 
     def _see(self, *, idle: bool = False) -> None:
-        """Let the policy see who had arrived when it decided; `idle`: it decides only now."""
+        """Let the policy see what had come in when it decided; `idle`: it decides only now."""
         unseen = self._unseen
-        while unseen and (idle or unseen[0][0] <= self._decided_s):
-            self.state.submit(unseen.popleft()[1])
+        while unseen and (idle or unseen[0].instant_s <= self._decided_s):
+            unseen.popleft().apply()
+        if self._inlet is not None:
+            self._inlet.take(self)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that are here or on their way, and have not left."""
+        elsewhere = 0 if self._inlet is None else self._inlet.num_unfinished
+        return self.state.num_unfinished + elsewhere
 
     def look(self) -> ReplicaState:
         """The state at the last boundary before now, for whoever looks in from outside.
@@ -107,14 +156,17 @@ class Replica:
     def serve(self) -> Generator[Event, Any, None]:
         """The main loop, from one decision to the next."""
         state, environment = self.state, self.environment
-        if self.pace.start_s > 0:
-            yield environment.boundary(self.pace.start_s)
+        if self.pace.start_s is not None:
+            yield environment.decision(self.pace.start_s)
         while True:
+            if (instant_s := self.pace.decides_s(environment.now)) > environment.now:
+                yield environment.decision(instant_s)
             self._see()
             if not state.waiting and not state.num_running:
                 self._see(idle=True)
-                if not state.waiting:
+                if not state.waiting and not state.num_running:
                     yield self._sleep()
+                    continue
             batch = self.batching.next_batch(self._memory, state)
             if batch.prefill or batch.preempt or batch.admit:
                 yield environment.boundary(self._iterate(batch))
@@ -133,8 +185,17 @@ class Replica:
                 yield self._sleep()
 
     def _sleep(self) -> Event:
+        instant_s = self.pace.wakes_s(self.environment.now)
+        if instant_s is not None:
+            return self.environment.decision(instant_s)
         self._idle = Event(self.environment)
         return self._idle
+
+    def seat(self, request: RequestView, tokens: int) -> None:
+        """Let a request decode from now on; the KV of so many tokens has come from elsewhere."""
+        self._newcomers.append(self.state.seat(request, tokens))
+        self._joined.append(request.request_id)
+        self.recorder.event(request.request_id, self.environment.now, State.decoding)
 
     def _iterate(self, batch: Batch) -> float:
         """Apply and record a batch that is one iteration; returns its end."""
@@ -175,7 +236,8 @@ class Replica:
         else:
             standing = self.batching.steady(self._memory, state)
             count = state.steps_in_memory(min(standing.iterations, state.steps_to_finish()))
-            if self._unseen and Wake.arrival in standing.wake_on:
+            self._arrival_cuts = Wake.arrival in standing.wake_on
+            if self._unseen and (self._arrival_cuts or any(news.always for news in self._unseen)):
                 count = min(count, 1)
         if count < 1:
             raise ValueError(self._complaint("a decode takes more blocks than are free"))
@@ -186,26 +248,35 @@ class Replica:
         count = len(self._boundaries) - 1
         self._log(count, before, decode_shape(decodes, read), DECODE)
         timer = self.environment.boundary(self._boundaries[-1])
-        self._timer = timer if count > 1 and Wake.arrival in standing.wake_on else None
+        self._timer = timer if count > 1 else None
         return timer
 
     def _complete(self, chunks: tuple[tuple[int, int], ...]) -> None:
         """An iteration has passed: completed prompts begin to decode, finished requests leave."""
         now = self.environment.now
+        joined: list[Seat] = []
         if chunks:
             for seat in self.state.join(chunks, self.recorder.num_iterations - 1):
                 request_id = seat.request.request_id
                 self._joined.append(request_id)
                 self.recorder.event(request_id, now, State.decoding)
+                joined.append(seat)
         for seat, count in self.state.finish():
             self._ended(seat, count, State.finished)
             if self.finished is not None:
                 self.finished(seat.request.request_id, now)
+        if self._pass_on is not None:
+            for seat in joined:
+                if seat.joined >= 0:  # its first token was not its last
+                    self.state.hold(seat)
+                    self._ended(seat, 0, State.handed_over)
+                    self._pass_on(seat.request, now)
 
     def _ended(self, seat: Seat, count: int, state: State) -> None:
         request_id = seat.request.request_id
         if seat.first_iteration >= 0:
-            self.recorder.run(request_id, seat.first_iteration, count)
+            self.recorder.run(request_id, seat.first_iteration, count - seat.fetched)
+        if seat.first_iteration >= 0 or seat.fetched:
             if request_id in self._joined:
                 self._joined.remove(request_id)
             else:
@@ -216,6 +287,10 @@ class Replica:
         self, repeat: int, before: tuple[int, int, int, int], shape: IterationShape, batch: Batch
     ) -> None:
         now = self.environment.now
+        if self._newcomers and shape.num_decodes:
+            for seat in self._newcomers:
+                seat.first_iteration = self.recorder.num_iterations
+            self._newcomers = []
         self.recorder.decision(now, repeat, before, shape, batch, self._joined, self._left)
         if self._joined or self._left:
             self._joined, self._left = [], []
@@ -300,7 +375,7 @@ def simulate(
     )  # fmt: skip
     feed.start(replica.submit)
     environment.run()
-    unserved = len(replica.state.waiting) + replica.state.num_running
+    unserved = replica.num_unfinished
     if unserved:
         raise ValueError(
             f"policy {type(batching).__name__} left {unserved} requests unserved and waits for "

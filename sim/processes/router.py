@@ -1,6 +1,7 @@
 """A router before several replicas under simulated time: choose one at each arrival."""
 
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from simpy.events import Event
@@ -11,7 +12,7 @@ from sim.policies.routing.base import Routing, checked_choice
 from sim.processes.exact_time import ExactEnvironment
 from sim.processes.pace import Pace
 from sim.processes.replica import Feed, Replica
-from sim.recorder import Recorder, RouteRecorder
+from sim.recorder import Choice, Recorder, RouteRecorder
 from sim.requests import Request
 from sim.state.router_state import RouterState
 from sim.trace import Trace
@@ -28,8 +29,51 @@ class RouterLog(NamedTuple):
     """When its replica had it."""
     known: Sequence[int]
     """Of how many answers the router knew then."""
-    answers: Sequence[int]
-    """Requests in the order in which it learnt of their answers."""
+    answers: Sequence[tuple[int, int]]
+    """(request, replica that reported it done), in the order in which it learnt of them."""
+
+    @classmethod
+    def of(cls, trace: Trace) -> "RouterLog":
+        """The log of a trace."""
+        routes, answers = trace.routes, trace.answers
+        return cls(
+            routes["instant_s"].tolist(), routes["delivered_s"].tolist(),
+            routes["answers"].tolist(),
+            list(zip(answers["request"].tolist(), answers["replica"].tolist(), strict=True)),
+        )  # fmt: skip
+
+
+class Reports:
+    """What replicas have reported done, and what is therefore taken to be outstanding."""
+
+    def __init__(
+        self, recorder: RouteRecorder, answers: Sequence[tuple[int, int]] | None = None
+    ) -> None:
+        """Take over another run's reports for replay; None: what comes in counts at once."""
+        self._recorder = recorder
+        self._answers = answers
+        self._states: dict[int, RouterState] = {}
+
+    def watch(self, state: RouterState, numbers: Sequence[int]) -> None:
+        """Let a state know of what these replicas report."""
+        self._states |= dict.fromkeys(numbers, state)
+
+    def done(self, request_id: int, replica: int, instant_s: float) -> None:
+        """A replica has done its part of a request."""
+        if self._answers is None:  # in replay the log says when it becomes known
+            self._note(request_id, replica, instant_s)
+
+    def known(self, count: int, instant_s: float) -> None:
+        """Know of the first `count` reports of the log."""
+        assert self._answers is not None
+        for request_id, replica in self._answers[self._recorder.num_answers : count]:
+            if not self._states[replica].is_outstanding(request_id):
+                break  # the panels have parted; the counts will say so
+            self._note(request_id, replica, instant_s)
+
+    def _note(self, request_id: int, replica: int, instant_s: float) -> None:
+        self._states[replica].answered(request_id)
+        self._recorder.answer(request_id, instant_s, replica)
 
 
 class Router:
@@ -37,19 +81,21 @@ class Router:
 
     def __init__(
         self,
-        environment: ExactEnvironment,
         routing: Routing,
         replicas: Sequence[Replica],
+        recorder: RouteRecorder,
+        reports: Reports,
         log: RouterLog | None = None,
     ) -> None:
-        self.environment = environment
+        self.environment = replicas[0].environment
         self.routing = routing
         self.replicas = replicas
+        self.numbers = [replica.number for replica in replicas]
         limits = replicas[0].state.limits
         self.state = RouterState(len(replicas), limits.num_blocks * limits.block_size)
-        self.recorder = RouteRecorder()
+        reports.watch(self.state, self.numbers)
+        self._recorder, self._reports, self._log = recorder, reports, log
         self._memory = routing.init()
-        self._log = log
         self._num_submitted = 0
 
     def submit(self, request: Request) -> None:
@@ -61,17 +107,12 @@ class Router:
             self.environment.process(self._replay(request, self._num_submitted, self._log))
         self._num_submitted += 1
 
-    def answered(self, request_id: int, instant_s: float) -> None:
-        """A replica has completed an answer."""
-        if self._log is None:  # in replay the log says when the router learns of it
-            self.state.answered(request_id)
-            self.recorder.answer(request_id, instant_s)
-
     def _route(self, request: Request, delivered_s: float) -> int:
         """Choose, and note what was chosen."""
         view, now = request.view(), self.environment.now
         replica = checked_choice(self.routing, self._memory, view, self.state, now)
-        self.recorder.route(request.request_id, now, replica, delivered_s, self.state)
+        choice = Choice.of(replica, self.state, self.numbers)
+        self._recorder.route(request.request_id, now, choice, delivered_s)
         self.state.sent(view, replica)
         return replica
 
@@ -79,37 +120,56 @@ class Router:
         """Route a request when the logged router did, knowing what that one knew."""
         environment = self.environment
         yield environment.arrival(max(log.instants_s[index], environment.now))
-        for request_id in log.answers[self.recorder.num_answers : log.known[index]]:
-            if not self.state.is_outstanding(request_id):
-                break  # the panels have parted; the counts will say so
-            self.state.answered(request_id)
-            self.recorder.answer(request_id, environment.now)
+        self._reports.known(log.known[index], environment.now)
         replica = self._route(request, log.delivered_s[index])
         yield environment.arrival(max(log.delivered_s[index], environment.now))
         self.replicas[replica].submit(request)
 
 
-def simulate_replicas(  # noqa: PLR0913  what a deployment is made of
-    source: Source,
-    routing: Routing,
-    batching: Batching,
-    limits: ReplicaLimits,
-    paces: Sequence[Pace],
-    *,
-    one_by_one: bool = False,
-    schedules_ahead: bool = False,
-    log: RouterLog | None = None,
+@dataclass(frozen=True, kw_only=True)
+class Engines:
+    """What every replica of a deployment is made of."""
+
+    batching: Batching
+    """Decides every iteration."""
+    limits: ReplicaLimits
+    paces: Sequence[Pace]
+    """How long iterations last, one a replica."""
+    one_by_one: bool = False
+    """Ask the batching policy at every iteration."""
+    schedules_ahead: bool = False
+    """As of `replica.simulate`."""
+
+    def replica(self, environment: ExactEnvironment, number: int, **ends: Any) -> Replica:
+        """The replica with a number; `ends` says what it is joined to."""
+        return Replica(
+            environment, self.batching, ends.pop("limits", self.limits), self.paces[number],
+            one_by_one=self.one_by_one, schedules_ahead=self.schedules_ahead, number=number, **ends,
+        )  # fmt: skip
+
+    def require_served(self, replicas: Sequence[Replica]) -> None:
+        """Refuse an end that leaves requests behind.
+
+        Raises:
+            ValueError: a policy schedules nothing although no request will come any more.
+        """
+        unserved = sum(one.num_unfinished for one in replicas)
+        if unserved:
+            raise ValueError(
+                f"policy {type(self.batching).__name__} left {unserved} requests unserved and "
+                "waits for arrivals that never come; mend the policy"
+            )
+
+
+def simulate_replicas(
+    source: Source, routing: Routing, engines: Engines, log: RouterLog | None = None
 ) -> Trace:
     """Serve all requests of a source on several equal replicas behind a router.
 
     Args:
         source: as of `replica.simulate`.
         routing: chooses a replica for every request.
-        batching: decides every iteration of each replica.
-        limits: of each engine.
-        paces: how long iterations last, one a replica.
-        one_by_one: ask the batching policy at every iteration.
-        schedules_ahead: as of `replica.simulate`.
+        engines: the replicas.
         log: of another run's router, whose instants and knowledge are taken over.
 
     Raises:
@@ -117,29 +177,28 @@ def simulate_replicas(  # noqa: PLR0913  what a deployment is made of
     """
     environment = ExactEnvironment()
     feed = Feed(environment, source)
+    recorder = RouteRecorder()
+    reports = Reports(recorder, None if log is None else log.answers)
 
-    def finished(request_id: int, instant_s: float) -> None:
-        router.answered(request_id, instant_s)
-        feed.answered(request_id, instant_s)
+    def replica(number: int) -> Replica:
+        def finished(request_id: int, instant_s: float) -> None:
+            reports.done(request_id, number, instant_s)
+            feed.answered(request_id, instant_s)
 
-    replicas = [
-        Replica(
-            environment, batching, limits, pace, one_by_one=one_by_one,
-            schedules_ahead=schedules_ahead, finished=finished, number=number,
-        )
-        for number, pace in enumerate(paces)
-    ]  # fmt: skip
-    router = Router(environment, routing, replicas, log)
+        return engines.replica(environment, number, finished=finished)
+
+    replicas = [replica(number) for number in range(len(engines.paces))]
+    router = Router(routing, replicas, recorder, reports, log)
     feed.start(router.submit)
     environment.run()
-    unserved = sum(len(one.state.waiting) + one.state.num_running for one in replicas)
-    if unserved:
-        raise ValueError(
-            f"policy {type(batching).__name__} left {unserved} requests unserved and waits for "
-            "arrivals that never come; mend the policy"
-        )
+    engines.require_served(replicas)
+    return merge(traces_of(replicas), *recorder.tables())
+
+
+def traces_of(replicas: Sequence[Replica]) -> list[Trace]:
+    """What each replica recorded, which it forgets."""
     traces: list[Trace] = []
     for replica in replicas:
         traces.append(replica.recorder.trace())
         replica.recorder = Recorder()  # what it held is in the trace
-    return merge(traces, *router.recorder.tables())
+    return traces

@@ -19,6 +19,7 @@ class Seat:
 
     __slots__ = (
         "context",
+        "fetched",
         "first_iteration",
         "joined",
         "offset",
@@ -37,6 +38,8 @@ class Seat:
         self.offset = 0
         self.joined = -1
         self.first_iteration = -1
+        self.fetched = False
+        """Whether it was prefilled elsewhere; its first iteration here is then a decode."""
 
 
 class ReplicaState:
@@ -57,12 +60,21 @@ class ReplicaState:
         self._edges = [0] * limits.block_size
         """Decoding requests by the step, modulo the block size, at which they take a new block."""
         self._order = 0
+        self.num_fetching = 0
+        """Requests from elsewhere whose KV has blocks here and that do not run yet."""
+        self._held: dict[int, Seat] = {}
+        """Requests that went on elsewhere and whose KV is not fetched yet."""
         self._prefixes = PrefixCache(limits.block_size) if limits.prefix_caching else None
 
     @property
     def num_running(self) -> int:
-        """Requests that hold KV."""
+        """Requests that have a seat."""
         return len(self._seats)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that wait, run, or have KV here and no seat."""
+        return len(self.waiting) + len(self._seats) + len(self._held) + self.num_fetching
 
     @property
     def prefilling(self) -> list[RunningView]:
@@ -188,15 +200,50 @@ class ReplicaState:
             if seat.prefill_left:
                 continue
             del self._prefilling[request_id]
-            seat.joined = self.steps
             seat.first_iteration = iteration
-            seat.offset = seat.context - self.steps
-            self._offset_sum += seat.offset
-            self.num_decoding += 1
-            self._edges[-seat.offset % self.limits.block_size] += 1
-            heappush(self._finish, (self.steps + seat.tokens_left - 1, seat.order, seat))
+            self._decode_from_now(seat)
             joined.append(seat)
         return joined
+
+    def _decode_from_now(self, seat: Seat) -> None:
+        seat.joined = self.steps
+        seat.offset = seat.context - self.steps
+        self._offset_sum += seat.offset
+        self.num_decoding += 1
+        self._edges[-seat.offset % self.limits.block_size] += 1
+        heappush(self._finish, (self.steps + seat.tokens_left - 1, seat.order, seat))
+
+    def hold(self, seat: Seat) -> None:
+        """Give up the seat of a request that goes on elsewhere; its KV stays until `release`."""
+        request_id = seat.request.request_id
+        seat.context = self._context(seat)
+        self._unseat(seat)
+        self._held[request_id] = seat
+        del self._requests[request_id]
+
+    def release(self, request_id: int) -> None:
+        """The KV of a request that is held has been fetched: its blocks are free."""
+        self._free(self._held.pop(request_id))
+        if self._prefixes is not None:
+            self._prefixes.forget(request_id)
+
+    def reserve(self, request: Request, tokens: int) -> None:
+        """Give blocks to a request from elsewhere, for the KV of so many tokens that will come."""
+        self._requests[request.request_id] = request
+        self.free_blocks -= self.limits.blocks_for(tokens)
+        self.num_fetching += 1
+
+    def seat(self, request: RequestView, tokens: int) -> Seat:
+        """Let a request decode for which blocks were reserved; the KV of so many tokens is there."""
+        whole = self._requests[request.request_id]
+        # A seat counts the token that it joins with as made here.
+        seat = Seat(whole, 0, whole.output_tokens - request.generated_tokens + 1, self._order)
+        self._order += 1
+        self.num_fetching -= 1
+        seat.context, seat.fetched = tokens, True
+        self._seats[request.request_id] = seat
+        self._decode_from_now(seat)
+        return seat
 
     def steps_to_finish(self) -> int:
         """Decode iterations until the first decoding request has its last token."""
@@ -250,14 +297,23 @@ class ReplicaState:
         return seat.offset + self.steps if seat.joined >= 0 else seat.context
 
     def _leave(self, seat: Seat) -> None:
+        seat.context = self._context(seat)
+        self._free(seat)
+        self._unseat(seat)
+
+    def _free(self, seat: Seat) -> None:
+        """Give back the blocks of a request whose `context` holds."""
         request_id = seat.request.request_id
-        self.free_blocks += self.limits.blocks_for(self._context(seat))
+        self.free_blocks += self.limits.blocks_for(seat.context)
         if self._prefixes is not None:
             # Whole blocks of the answer so far stay cached as well. What is cached is free only
             # where no other request holds it.
-            self._prefixes.store(request_id, self._context(seat))
+            self._prefixes.store(request_id, seat.context)
             self.free_blocks -= self._prefixes.held_blocks(request_id)
             self.free_blocks += self._prefixes.release(request_id)
+
+    def _unseat(self, seat: Seat) -> None:
+        request_id = seat.request.request_id
         del self._seats[request_id]
         if seat.joined < 0:
             del self._prefilling[request_id]

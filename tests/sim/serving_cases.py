@@ -25,7 +25,8 @@ from sim.workload.source import Source
 
 CONTEXT = 1 << 20
 TABLES = (
-    "iterations", "requests", "events", "runs", "decisions", "spans", "routes", "answers"
+    "iterations", "requests", "events", "runs", "decisions", "spans", "routes", "answers",
+    "hand_overs",
 )  # fmt: skip
 OTHER_SETTINGS = {
     "continuous": [{"watermark": 0.0}, {"watermark": 0.2}],

@@ -37,7 +37,7 @@ class Seen:
 def replay(case: Case, name: str, *, one_by_one: bool) -> tuple[Trace, Trace]:
     """A run that went one by one, and its replay."""
     trace = run_case(case, POLICIES[name], one_by_one=True)
-    pace = Replayed(trace.decisions["instant_s"].tolist(), float(trace.iterations["end_s"][-1]))
+    pace = Replayed.of(trace)
     source = Seen(trace, case.workload)
     again = simulate(source, POLICIES[name], case.limits, pace, one_by_one=one_by_one)  # pyright: ignore
     return trace, again
@@ -53,16 +53,20 @@ def test_replay_gives_equal_decisions(name: str, one_by_one: bool, case: Case) -
     assert expand(canonical(again)) == expand(canonical(trace))
 
 
-def test_an_iteration_lasts_until_the_next_logged_decision() -> None:
+def test_iterations_end_and_decisions_are_taken_when_they_were_logged() -> None:
     case = Case(recorded([(0.5, 4, 2), (9.0, 4, 2)]), ReplicaLimits(4, 64, 16, 99), Grid(0.5))
-    trace, again = replay(case, "continuous", one_by_one=True)
-    assert trace.iterations["end_s"].tolist() == [1.0, 1.5, 9.5, 10.0]
-    assert again.iterations["end_s"].tolist() == [1.0, 9.0, 9.5, 10.0]
+    trace = run_case(case, POLICIES["continuous"], one_by_one=True)
+    late = [0.75, 1.5, 9.25, 10.0]  # a real panel decides a little after what it decides about
+    ends = [1.25, 1.75, 9.75, 10.5]
+    pace = Replayed(late, ends)
+    again = simulate(Seen(trace, case.workload), POLICIES["continuous"], case.limits, pace)  # pyright: ignore
+    assert again.iterations["start_s"].tolist() == late
+    assert again.iterations["end_s"].tolist() == ends
 
 
 def test_a_replay_that_goes_past_its_log_ends_all_the_same() -> None:
     case = Case(recorded([(0.0, 4, 6)]), ReplicaLimits(4, 64, 16, 99), Grid(0.5))
     trace = run_case(case, POLICIES["continuous"])
-    pace = Replayed([0.0, 0.5], 1.0)
+    pace = Replayed([0.0, 0.5], [0.5, 1.0])
     again = simulate(Seen(trace, case.workload), POLICIES["continuous"], case.limits, pace)  # pyright: ignore
     assert again.num_decisions == 6

@@ -22,7 +22,7 @@ from sim.policies.routing.prefix_aware import PrefixAware
 from sim.policies.routing.round_robin import RoundRobin
 from sim.processes.pace import Costed, Replayed
 from sim.processes.replica import simulate
-from sim.processes.router import RouterLog, simulate_replicas
+from sim.processes.router import Engines, RouterLog, simulate_replicas
 from sim.requests import RequestView
 from sim.state.router_state import RouterState
 from sim.trace import State, Trace
@@ -45,9 +45,12 @@ BATCHING = POLICIES["chunked_prefill-{'chunk_tokens': 7}"]
 
 def run(case: Case, routing: Routing, count: int, *, one_by_one: bool = False) -> Trace:
     source = Source(case.workload, 0, CONTEXT)
-    paces = [Costed(case.cost)] * count
     return simulate_replicas(
-        source, routing, BATCHING, case.limits, paces, one_by_one=one_by_one
+        source, routing,
+        Engines(
+            batching=BATCHING, limits=case.limits, paces=[Costed(case.cost)] * count,
+            one_by_one=one_by_one,
+        ),
     )  # fmt: skip
 
 
@@ -217,14 +220,12 @@ def test_metrics_of_a_deployment_are_those_of_its_replicas(
 def test_replay_of_a_deployment_gives_its_own_decisions(name: str, case: Case, count: int) -> None:
     trace = run(case, RULES[name], count, one_by_one=True)
     routes = {column: values.tolist() for column, values in trace.routes.items()}
-    log = RouterLog(
-        routes["instant_s"], routes["delivered_s"], routes["answers"],
-        trace.answers["request"].tolist(),
+    engines = Engines(
+        batching=BATCHING, limits=case.limits, one_by_one=True,
+        paces=[Replayed.of(of_replica(trace, at)) for at in range(count)],
     )  # fmt: skip
-    again = simulate_replicas(
-        Source(case.workload, 0, CONTEXT), RULES[name], BATCHING, case.limits,
-        [Replayed.of(of_replica(trace, at)) for at in range(count)], one_by_one=True, log=log,
-    )  # fmt: skip
+    source = Source(case.workload, 0, CONTEXT)
+    again = simulate_replicas(source, RULES[name], engines, RouterLog.of(trace))
     for column in ("request", "replica", "outstanding_requests", "outstanding_tokens"):
         assert again.routes[column].tolist() == routes[column]
     for at in range(num_replicas(trace)):

@@ -60,13 +60,24 @@ def checked_choice(
         ValueError: there is no such replica.
     """
     replica = routing.choose(memory, request, view)
+    require_one_of(view, replica, routing, request, now_s)
+    return replica
+
+
+def require_one_of(
+    view: RouterView, replica: int, policy: Policy, request: RequestView, now_s: float
+) -> None:
+    """Refuse a choice that is none of the replicas to choose from.
+
+    Raises:
+        ValueError: there is no such replica.
+    """
     if replica not in range(view.num_replicas):
         raise ValueError(
-            f"policy {type(routing).__name__} at {now_s} s: request {request.request_id}: "
+            f"policy {type(policy).__name__} at {now_s} s: request {request.request_id}: "
             f"replica={replica!r} is chosen and there are replicas 0 to {view.num_replicas - 1}; "
             "mend the policy"
         )
-    return replica
 
 
 def lightest(loads: Sequence[int], among: Sequence[int] | None = None) -> int:

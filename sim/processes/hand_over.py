@@ -1,0 +1,192 @@
+"""Prefill and decode on separate instances under simulated time: KV moves from one to the other."""
+
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+from simpy.events import Event
+
+from sim.policies.instance_plan.base import InstancePlan, checked_hand_over, kv_tokens, phases
+from sim.policies.routing.base import Routing
+from sim.processes.exact_time import ExactEnvironment
+from sim.processes.kv_moves import Handed, HandOverLog, Mover, MoveTimes, Transport
+from sim.processes.replica import Feed, Replica
+from sim.processes.router import Engines, Reports, Router, traces_of
+from sim.recorder import Choice, RouteRecorder
+from sim.requests import Request
+from sim.state.router_state import RouterState
+from sim.trace import State, Trace
+from sim.trace_merge import merge
+from sim.workload.source import Source
+
+
+class DecodeInlet:
+    """The requests handed to one instance that decodes, until they run there.
+
+    It fetches one at a time, in the order of the policy's decisions.
+    """
+
+    def __init__(self, plan: InstancePlan, mover: Mover) -> None:
+        self._plan, self._memory, self._mover = plan, plan.init(), mover
+        self._handed: deque[Handed] = deque()
+        self._moving: deque[Handed] = deque()
+        self._arrived: deque[Handed] = deque()
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests whose KV is still elsewhere, and did not begin to move."""
+        return len(self._handed)
+
+    def announce(self, handed: Handed) -> None:
+        """A request was handed over."""
+        self._handed.append(handed)
+
+    def take(self, replica: Replica) -> None:
+        """Seat the requests whose KV has come, and decide whose is fetched now."""
+        state, now = replica.state, replica.environment.now
+        while self._arrived and state.num_running < state.limits.max_num_seqs:
+            handed = self._arrived.popleft()
+            replica.seat(handed.view, kv_tokens(handed.view))
+        if not self._handed:
+            return
+        views = [handed.view for handed in self._handed]
+        for _ in range(self._plan.fetch(self._memory, views, state)):
+            handed = self._handed.popleft()
+            state.reserve(handed.request, kv_tokens(handed.view))
+            if state.free_blocks < 0:
+                raise ValueError(
+                    f"policy {type(self._plan).__name__} at {now} s: request "
+                    f"{handed.request.request_id} is fetched into blocks that are not free; "
+                    "mend the policy"
+                )
+            replica.recorder.event(handed.request.request_id, now, State.admitted)
+            self._mover.begins(handed)
+            self._moving.append(handed)
+            if len(self._moving) == 1:
+                replica.environment.process(self._move(replica))
+
+    def _move(self, replica: Replica) -> Generator[Event, Any, None]:
+        """Fetch until there is nothing to fetch."""
+        while self._moving:
+            handed = self._moving[0]
+            yield from self._mover.move(handed, replica.number)
+            self._moving.popleft()
+            replica.notice(lambda handed=handed: self._arrived.append(handed))
+
+
+class HandOvers:
+    """Decides who decodes what was prefilled, and moves its KV."""
+
+    def __init__(  # noqa: PLR0913, PLR0917  both ends, what carries, and what is written down
+        self,
+        plan: InstancePlan,
+        decoders: Sequence[Replica],
+        inlets: Sequence[DecodeInlet],
+        recorder: RouteRecorder,
+        reports: Reports,
+        log: HandOverLog | None = None,
+    ) -> None:
+        self.plan = plan
+        self.decoders, self.inlets = decoders, inlets
+        self.environment = decoders[0].environment
+        self.numbers = [replica.number for replica in decoders]
+        limits = decoders[0].state.limits
+        self.state = RouterState(len(decoders), limits.num_blocks * limits.block_size)
+        reports.watch(self.state, self.numbers)
+        self._recorder, self._reports, self._log = recorder, reports, log
+        self._memory = plan.init()
+
+    def prefilled(self, request: Request, source: int) -> None:
+        """A request has its first token on an instance that does not decode."""
+        handed = Handed(request, request.view(1), source)
+        if self._log is None:
+            place = self._choose(handed, self.environment.now)
+            self._announce(handed, place)
+        else:
+            moves = self._log.moves[request.request_id]
+            self.environment.process(self._replay(handed, moves))
+
+    def _choose(self, handed: Handed, announced_s: float) -> int:
+        now, view = self.environment.now, handed.view
+        place = checked_hand_over(self.plan, self._memory, view, self.state, now)
+        choice = Choice.of(place, self.state, self.numbers)
+        self._recorder.hand_over(
+            view.request_id, now, choice, announced_s, handed.source, kv_tokens(view)
+        )
+        self.state.sent(view, place)
+        return place
+
+    def _announce(self, handed: Handed, place: int) -> None:
+        inlet = self.inlets[place]
+        self.decoders[place].notice(lambda: inlet.announce(handed))
+
+    def _replay(self, handed: Handed, moves: MoveTimes) -> Generator[Event, Any, None]:
+        """Hand over when the logged router did, knowing what that one knew."""
+        environment = self.environment
+        yield environment.arrival(max(moves.instant_s, environment.now))
+        self._reports.known(moves.known, environment.now)
+        place = self._choose(handed, moves.announced_s)
+        yield environment.arrival(max(moves.announced_s, environment.now))
+        self._announce(handed, place)
+
+
+def simulate_hand_over(  # noqa: PLR0913  what a deployment is made of
+    source: Source,
+    routing: Routing,
+    plan: InstancePlan,
+    engines: Engines,
+    transport: Callable[[ExactEnvironment], Transport],
+    kv_bytes_per_token: int,
+    *,
+    log: HandOverLog | None = None,
+) -> Trace:
+    """Serve all requests of a source on instances that only prefill and others that only decode.
+
+    Args:
+        source: as of `replica.simulate`.
+        routing: chooses who prefills a request.
+        plan: says which instances do what, who decodes, and when KV moves.
+        engines: the instances; those that decode cache no prefixes.
+        transport: carries KV.
+        kv_bytes_per_token: of the KV of one token, all layers.
+        log: of another run, whose instants and knowledge are taken over.
+
+    Raises:
+        ValueError: a policy breaks its rules, or leaves requests unserved.
+    """
+    environment = ExactEnvironment()
+    feed, recorder = Feed(environment, source), RouteRecorder()
+    reports = Reports(recorder, None if log is None else log.router.answers)
+    first, second = phases(plan, len(engines.paces))
+
+    def finished(number: int) -> Callable[[int, float], None]:
+        def tell(request_id: int, instant_s: float) -> None:
+            reports.done(request_id, number, instant_s)
+            feed.answered(request_id, instant_s)
+
+        return tell
+
+    def pass_on(number: int) -> Callable[[Request, float], None]:
+        def tell(request: Request, instant_s: float) -> None:
+            reports.done(request.request_id, number, instant_s)
+            hand_overs.prefilled(request, number)
+
+        return tell
+
+    prefillers = [
+        engines.replica(environment, at, finished=finished(at), pass_on=pass_on(at)) for at in first
+    ]
+    mover = Mover(transport(environment), kv_bytes_per_token, recorder, prefillers, log)
+    inlets = [DecodeInlet(plan, mover) for _ in second]
+    limits = engines.limits._replace(prefix_caching=False)
+    decoders = [
+        engines.replica(environment, at, limits=limits, finished=finished(at), inlet=inlet)
+        for at, inlet in zip(second, inlets, strict=True)
+    ]
+    hand_overs = HandOvers(plan, decoders, inlets, recorder, reports, log)
+    router = Router(routing, prefillers, recorder, reports, None if log is None else log.router)
+    feed.start(router.submit)
+    environment.run()
+    replicas = sorted([*prefillers, *decoders], key=lambda replica: replica.number)
+    engines.require_served(replicas)
+    return merge(traces_of(replicas), *recorder.tables())
