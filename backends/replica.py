@@ -12,6 +12,7 @@ import torch
 
 from backends.arrivals import Arrivals, Feed
 from backends.batch_checks import check_prefill, check_room, require_running, waiting_view
+from backends.exchange import Exchange
 from backends.executor import Executor
 from backends.forward_batch import Chunk
 from backends.kv_cache import PagedKVCache
@@ -45,6 +46,7 @@ class Replica:
         sampler: Sampler,
         stop_token: int | None = None,
         number: int = 0,
+        exchange: Exchange | None = None,
     ) -> None:
         """Put an engine together.
 
@@ -57,6 +59,7 @@ class Replica:
             sampler: turns logits into tokens; draws depend on seed, request and position only.
             stop_token: ends an answer before its forced length; None forces the length.
             number: of the replica, among several.
+            exchange: hands requests over to other instances, or takes them; None: there are none.
         """
         self.model = model
         self.cache = cache
@@ -70,6 +73,7 @@ class Replica:
         self.answers: dict[int, list[int]] = {}
         """Token ids of every finished answer."""
         self._memory = batching.init()
+        self._exchange = exchange
         self._known: dict[int, Sequence] = {}
         self._seated: dict[int, Sequence] = {}
         self._decoding: list[int] = []
@@ -98,17 +102,19 @@ class Replica:
             now_s, requests = feed.due(start)
             for request in requests:
                 self.submit(request)
+            if self._exchange is not None:
+                self._exchange.settle(self, now_s)
             busy = (self.waiting or self._seated) and self.step(now_s, start, feed)
             if busy or feed.wait(start):
                 continue
-            if self.waiting or self._seated:
+            elsewhere = 0 if self._exchange is None else self._exchange.num_unfinished
+            if unserved := len(self.waiting) + len(self._seated) + elsewhere:
                 name = type(self.batching).__name__
                 raise ValueError(
-                    f"policy {name} left {len(self.waiting) + len(self._seated)} requests unserved "
-                    "and waits for arrivals that never come; mend the policy"
+                    f"policy {name} left {unserved} requests unserved and waits for arrivals that "
+                    "never come; mend the policy"
                 )
-            else:
-                return self.recorder.trace()
+            return self.recorder.trace()
 
     def submit(self, request: Request) -> None:
         """Queue a request that has arrived."""
@@ -118,6 +124,11 @@ class Replica:
             sequence.hashes = block_hashes(sequence.tokens, self.limits.block_size)
         self._known[request.request_id] = sequence
         self.waiting.append(request.view())
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have a seat."""
+        return len(self._seated)
 
     def seat(self, sequence: Sequence) -> None:
         """Take over a request whose first `computed` tokens have their KV here already."""
@@ -246,7 +257,9 @@ class Replica:
                 continue
             token = next(following)
             sequence.tokens.append(token)
-            if decoded:
+            if decoded and sequence.first_iteration < 0:
+                sequence.first_iteration = iteration  # it was prefilled elsewhere
+            elif decoded:
                 sequence.decodes += 1
             else:
                 sequence.first_iteration = iteration
@@ -257,7 +270,19 @@ class Replica:
         finished = [request_id for request_id in self._seated if request_id in finished]
         for request_id in finished:
             self._finish(request_id, end_s)
+        if self._exchange is not None and self._exchange.passes_on:
+            prefilled = [one for one in self._seated.values() if not one.prefill_left]
+            for sequence in prefilled:
+                self._pass_on(self._exchange, sequence, end_s)
         return finished
+
+    def _pass_on(self, exchange: Exchange, sequence: Sequence, end_s: float) -> None:
+        """A request goes on elsewhere; its blocks stay until its KV has been fetched."""
+        request_id = sequence.request.request_id
+        del self._seated[request_id], self._known[request_id]
+        self.recorder.run(request_id, sequence.first_iteration, 0)
+        self.recorder.event(request_id, end_s, State.handed_over)
+        exchange.pass_on(self, sequence, end_s)
 
     def _finish(self, request_id: int, end_s: float) -> None:
         sequence = self._seated.pop(request_id)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from backends.exchange import Exchange
 from backends.executor import Executor
 from backends.gguf_conversion import Progress
 from backends.kv_cache import Corruption
@@ -112,8 +113,27 @@ def make_replica(  # noqa: PLR0913  the parts of an engine
     number: int = 0,
 ) -> Replica:
     """A replica that is warm; see `serve`."""
-    vocabulary = model.config.vocab_size
     warm_up(model, limits)
+    return fresh_replica(
+        model, batching, limits, seed=seed, prompts=prompts, sampler=sampler,
+        corruption=corruption, number=number,
+    )  # fmt: skip
+
+
+def fresh_replica(  # noqa: PLR0913  the parts of an engine
+    model: Executor,
+    batching: Batching,
+    limits: ReplicaLimits,
+    *,
+    seed: int = 0,
+    prompts: Prompts | None = None,
+    sampler: Sampler | None = None,
+    corruption: Corruption | None = None,
+    number: int = 0,
+    exchange: Exchange | None = None,
+) -> Replica:
+    """A replica with an empty cache, of a model that is warm; see `serve`."""
+    vocabulary = model.config.vocab_size
     cache = model.new_cache(limits.num_blocks, limits.block_size)
     cache.corrupt = cache.prefixes.corrupt = corruption
     return Replica(
@@ -124,6 +144,7 @@ def make_replica(  # noqa: PLR0913  the parts of an engine
         prompts=prompts or (lambda request: request_token_ids(seed, request, vocabulary)),
         sampler=sampler or Sampler(),
         number=number,
+        exchange=exchange,
     )
 
 

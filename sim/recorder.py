@@ -197,9 +197,7 @@ class RouteRecorder:
         """Reports known so far."""
         return len(self._answers) // len(schema.ANSWERS)
 
-    def route(
-        self, request_id: int, instant_s: float, choice: Choice, delivered_s: float
-    ) -> None:
+    def route(self, request_id: int, instant_s: float, choice: Choice, delivered_s: float) -> None:
         """A request is sent to a replica, which has it at `delivered_s`."""
         self._routes.extend(self._decision(request_id, instant_s, choice, delivered_s))
 
@@ -207,7 +205,7 @@ class RouteRecorder:
         """The router learns that a replica has done its part of a request."""
         self._answers.extend((request_id, instant_s, replica))
 
-    def hand_over(  # noqa: PLR0913, PLR0917  the row of a table
+    def hand_over(
         self, request_id: int, instant_s: float, choice: Choice, announced_s: float, source: int,
         kv_tokens: int,
     ) -> None:  # fmt: skip

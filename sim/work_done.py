@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import numpy as np
+
 from sim.models.architecture import Architecture
 from sim.models.flops import attention_flops_per_pair, layer_flops_per_token
 from sim.models.operators import lm_head
@@ -19,12 +21,12 @@ class WorkDone(NamedTuple):
 
 
 def work_done(trace: Trace, architecture: Architecture, kv_bytes_per_token: int) -> WorkDone:
-    """Add up what all iterations computed, wrote and read.
+    """Add up what all iterations computed, wrote and read, and what was written by hand-overs.
 
     A decision that stands for k iterations reads a context that grows by one token a request each.
 
     Args:
-        trace: of one replica.
+        trace: of any number of replicas.
         architecture: what it served.
         kv_bytes_per_token: of the KV cache, all layers.
     """
@@ -41,4 +43,6 @@ def work_done(trace: Trace, architecture: Architecture, kv_bytes_per_token: int)
         + pairs * architecture.num_layers * attention_flops_per_pair(architecture)
         + sampled * lm_head(architecture).flops_per_token
     )
-    return WorkDone(tokens, flops, tokens * kv_bytes_per_token, read * kv_bytes_per_token)
+    moved = trace.hand_overs
+    written = tokens + int(moved["kv_tokens"][~np.isnan(moved["delivered_s"])].sum())
+    return WorkDone(tokens, flops, written * kv_bytes_per_token, read * kv_bytes_per_token)

@@ -21,15 +21,11 @@ from sim.workload.source import Source
 
 
 class DecodeInlet:
-    """The requests handed to one instance that decodes, until they run there.
-
-    It fetches one at a time, in the order of the policy's decisions.
-    """
+    """The requests handed to one instance that decodes, until they run there."""
 
     def __init__(self, plan: InstancePlan, mover: Mover) -> None:
         self._plan, self._memory, self._mover = plan, plan.init(), mover
         self._handed: deque[Handed] = deque()
-        self._moving: deque[Handed] = deque()
         self._arrived: deque[Handed] = deque()
 
     @property
@@ -60,24 +56,19 @@ class DecodeInlet:
                     "mend the policy"
                 )
             replica.recorder.event(handed.request.request_id, now, State.admitted)
-            self._mover.begins(handed)
-            self._moving.append(handed)
-            if len(self._moving) == 1:
-                replica.environment.process(self._move(replica))
+            self._fetch(replica, handed)
 
-    def _move(self, replica: Replica) -> Generator[Event, Any, None]:
-        """Fetch until there is nothing to fetch."""
-        while self._moving:
-            handed = self._moving[0]
-            yield from self._mover.move(handed, replica.number)
-            self._moving.popleft()
-            replica.notice(lambda handed=handed: self._arrived.append(handed))
+    def _fetch(self, replica: Replica, handed: Handed) -> None:
+        def arrived() -> None:
+            replica.notice(lambda: self._arrived.append(handed))
+
+        self._mover.fetch(handed, replica.number, arrived)
 
 
 class HandOvers:
     """Decides who decodes what was prefilled, and moves its KV."""
 
-    def __init__(  # noqa: PLR0913, PLR0917  both ends, what carries, and what is written down
+    def __init__(
         self,
         plan: InstancePlan,
         decoders: Sequence[Replica],

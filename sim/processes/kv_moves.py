@@ -1,10 +1,12 @@
 """How the KV of a prefilled request gets from one instance to another under simulated time."""
 
-from collections.abc import Generator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from simpy.events import Event
 
+from sim.engine import ReplicaLimits
 from sim.policies.instance_plan.base import kv_tokens
 from sim.processes.replica import Replica
 from sim.processes.router import RouterLog
@@ -58,6 +60,15 @@ class Handed(NamedTuple):
     """The instance that holds its KV."""
 
 
+Queue = deque[tuple[Handed, Callable[[], None]]]
+"""What an instance has begun to fetch, and what is to be done when it is there."""
+
+
+def moved_tokens(tokens: int, limits: ReplicaLimits) -> int:
+    """Tokens whose room moves with the KV of so many: blocks move whole."""
+    return limits.blocks_for(tokens) * limits.block_size
+
+
 class Mover:
     """Copies KV, or lets it arrive when another run logged it; frees it where it was."""
 
@@ -65,31 +76,50 @@ class Mover:
         self, transport: Transport, kv_bytes_per_token: int, recorder: RouteRecorder,
         prefillers: Sequence[Replica], log: HandOverLog | None,
     ) -> None:  # fmt: skip
+        self._limits = prefillers[0].state.limits
         self._transport, self._token_bytes = transport, kv_bytes_per_token
         self._recorder, self._log = recorder, log
         self._environment = prefillers[0].environment
+        self._queues: defaultdict[int, Queue] = defaultdict(deque)
         self._prefillers = {replica.number: replica for replica in prefillers}
 
-    def begins(self, handed: Handed) -> None:
-        """The target has given blocks to a request."""
+    def fetch(self, handed: Handed, target: int, arrived: Callable[[], None]) -> None:
+        """Begin to move the KV of a request to an instance that has given it blocks.
+
+        An instance fetches one request after another, in the order of these calls.
+        """
         self._recorder.moved(handed.request.request_id, "fetched_s", self._environment.now)
-
-    def move(self, handed: Handed, target: int) -> Generator[Event, Any, None]:
-        """Fetch; when it ends, the KV is at the target."""
-        request_id, environment = handed.request.request_id, self._environment
         if self._log is not None:
-            moves = self._log.moves[request_id]
-            yield environment.arrival(max(moves.delivered_s, environment.now))
-            environment.process(self._release_at(handed, moves.released_s))
-        else:
-            num_bytes = kv_tokens(handed.view) * self._token_bytes
-            yield self._transport.send(handed.source, target, num_bytes)
-            self._release(handed)
-        self._recorder.moved(request_id, "delivered_s", environment.now)
+            moves = self._log.moves[handed.request.request_id]
+            self._at(moves.released_s, lambda: self._release(handed))
+            self._at(moves.delivered_s, lambda: self._deliver(handed, arrived))
+            return
+        queue = self._queues[target]
+        queue.append((handed, arrived))
+        if len(queue) == 1:
+            self._environment.process(self._work_off(queue, target))
 
-    def _release_at(self, handed: Handed, instant_s: float) -> Generator[Event, Any, None]:
-        yield self._environment.arrival(max(instant_s, self._environment.now))
-        self._release(handed)
+    def _work_off(self, queue: Queue, target: int) -> Generator[Event, Any, None]:
+        """Move what is queued until nothing is."""
+        while queue:
+            handed, arrived = queue[0]
+            num_bytes = moved_tokens(kv_tokens(handed.view), self._limits) * self._token_bytes
+            yield self._transport.send(handed.source, target, num_bytes)
+            queue.popleft()
+            self._release(handed)
+            self._deliver(handed, arrived)
+
+    def _at(self, instant_s: float, then: Callable[[], None]) -> None:
+        event = self._environment.arrival(max(instant_s, self._environment.now))
+
+        def fired(_: Event) -> None:
+            then()
+
+        event.callbacks = [fired]
+
+    def _deliver(self, handed: Handed, arrived: Callable[[], None]) -> None:
+        self._recorder.moved(handed.request.request_id, "delivered_s", self._environment.now)
+        arrived()
 
     def _release(self, handed: Handed) -> None:
         request_id = handed.request.request_id

@@ -234,7 +234,7 @@ class ReplicaState:
         self.num_fetching += 1
 
     def seat(self, request: RequestView, tokens: int) -> Seat:
-        """Let a request decode for which blocks were reserved; the KV of so many tokens is there."""
+        """Let a request decode that has blocks here, with the KV of so many tokens in them."""
         whole = self._requests[request.request_id]
         # A seat counts the token that it joins with as made here.
         seat = Seat(whole, 0, whole.output_tokens - request.generated_tokens + 1, self._order)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from backends import router
+from backends import replica_processes, router
 from backends.corruption import Corruption
-from backends.router import Processes, ReplicaSpec, Router, serve_routed
+from backends.replica_processes import Processes, ReplicaSpec
+from backends.router import Router, serve_routed
 from backends.serving import open_model, serve, use_one_thread
 from backends.weights import random_model
 from scenarios.validation.options import with_short_chunks
@@ -119,7 +120,9 @@ def serve_and_strike(processes, blow):
     with processes:
         processes.await_ready()
         threading.Timer(1.0, lambda: os.kill(victim, blow)).start()
-        Router(processes, policies("routing")["round_robin"](), LIMITS).run(Source(load, 0, 256))
+        Router(processes, policies("routing")["round_robin"](), LIMITS, range(2)).run(
+            Source(load, 0, 256)
+        )
 
 
 @pytest.mark.parametrize(
@@ -128,8 +131,8 @@ def serve_and_strike(processes, blow):
      (signal.SIGSTOP, "replica 1 of 2 .*was silent for 3 s")],
 )  # fmt: skip
 def test_a_lost_replica_ends_the_run_by_name_and_nothing_is_left(monkeypatch, blow, message):
-    monkeypatch.setattr(router, "SILENCE_S", 3.0)
-    processes = Processes(SPEC, 2)
+    monkeypatch.setattr(replica_processes, "SILENCE_S", 3.0)
+    processes = Processes(SPEC, 2, router.serve_once)
     with pytest.raises(RuntimeError, match=message):
         serve_and_strike(processes, blow)
     assert not any(process.is_alive() for process in processes._processes)
@@ -145,7 +148,7 @@ class Idle(Batching):
 
 def test_what_a_replica_refuses_is_told_with_its_number():
     load = Poisson(rate_per_s=60.0, num_requests=5, input_tokens=20, output_tokens=8)
-    with pytest.raises(ValueError, match=r"replica 0: policy Idle left . requests unserved"):
+    with pytest.raises(ValueError, match=r"replica [01]: policy Idle left . requests unserved"):
         serve_routed(replace(SPEC, batching=Idle()), Source(load, 0, 256),
                      policies("routing")["round_robin"](), 2)  # fmt: skip
 

@@ -1,0 +1,32 @@
+"""What a real replica asks of whatever joins it to other instances; a replica alone has none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from backends.observed import Sequence
+
+if TYPE_CHECKING:
+    from backends.replica import Replica
+
+
+class Exchange(Protocol):
+    """Hands prefilled requests over, or takes them."""
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether requests go on elsewhere once they are prefilled."""
+        ...
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that are on their way here, or whose KV waits here to be fetched."""
+        ...
+
+    def settle(self, replica: Replica, now_s: float) -> None:
+        """Let the replica see what has come and gone by the instant of its decision."""
+        ...
+
+    def pass_on(self, replica: Replica, sequence: Sequence, end_s: float) -> None:
+        """A request has its first token and leaves; its KV stays until it is fetched."""
+        ...
