@@ -76,7 +76,13 @@ def defaults() -> list[Any]:
         {f"policy/{family}": _name_of(family, type(getattr(chosen, family)))}
         for family in (field.name for field in fields(Policies))
     ]
-    groups = {"model": Model().name, "workload": "default", "node": None, "gpu": None}
+    groups = {
+        "model": Model().name,
+        "workload": "default",
+        "node": None,
+        "gpu": None,
+        "cluster": None,
+    }
     # The engine comes after the policies, one of which it may choose.
     chosen = [*({k: v} for k, v in groups.items()), *rules, {"engine": Engine().name}]
     return [RECORD, *chosen, "_self_"]

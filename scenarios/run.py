@@ -57,7 +57,7 @@ def simulate(scenario: Scenario, *, progress: bool = True) -> Result:
 def show(result: Result) -> None:
     """Print a result: what ran, its figures, what its costs rest on."""
     scenario, figures = result.scenario, result.intervals()
-    machine = scenario.node or scenario.gpu
+    machine = scenario.node or scenario.gpu or scenario.cluster
     rules = ", ".join(kind(rule) for rule in vars(scenario.policy).values())
     counted = tables.number(figures["counted_requests"].mean)
     out = tables.console()

@@ -2,12 +2,16 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 from sim.cost_shares import cost_shares
 from sim.costs.fitted import Fitted
-from sim.policies.instance_plan.base import InstancePlan
+from sim.placement import place
+from sim.policies.instance_plan.base import phases
 from sim.policies.routing.prefix_aware import PrefixAware
 from sim.policies.routing.round_robin import RoundRobin
+from sim.processes.hand_over import simulate_hand_over
+from sim.processes.kv_moves import NetworkTransport
 from sim.processes.pace import Costed
 from sim.processes.replica import simulate
 from sim.processes.router import Engines, simulate_replicas
@@ -29,7 +33,8 @@ def check(scenario: Scenario) -> Setup:
         ValueError: what is wrong, with the value, the rule and the way out.
     """
     setup = prepare(scenario)
-    _require_one_group(scenario.policy.instance_plan)
+    if _phases(scenario)[1]:
+        place(scenario)
     for text in _warnings(scenario, setup):
         warnings.warn(text, stacklevel=2)
     for seed in scenario.seeds:
@@ -71,15 +76,21 @@ def _warnings(scenario: Scenario, setup: Setup) -> list[str]:
             "cost=fitted, whose measurements contain the engine's overhead"
         )
     used = scenario.tp_size * scenario.pp_size
+    first, second = _phases(scenario)
+    uses = f"one replica uses {used}"
+    if second:
+        used *= scenario.num_replicas
+        uses = f"{scenario.num_replicas} instances use {used}"
     if node is not None and node.num_gpus > used:
         found.append(
-            f"node {node.name} has {node.num_gpus} GPUs and one replica uses {used}; "
+            f"node {node.name} has {node.num_gpus} GPUs and {uses}; "
             "the others cost nothing here and do nothing"
         )
     routing = scenario.policy.routing
-    if scenario.num_replicas == 1 and type(routing) is not RoundRobin:
+    if len(first) == 1 and type(routing) is not RoundRobin:
+        what = f"num_prefill={len(first)}" if second else "num_replicas=1"
         found.append(
-            f"policy/routing {type(routing).__name__} has no effect with num_replicas=1; "
+            f"policy/routing {type(routing).__name__} has no effect with {what}; "
             "there is nothing to choose from"
         )
     elif isinstance(routing, PrefixAware) and not setup.limits.prefix_caching:
@@ -106,13 +117,14 @@ def _simulate(scenario: Scenario, setup: Setup, seed: int) -> Trace:
         batching=batching, limits=setup.limits, paces=[pace] * scenario.num_replicas,
         schedules_ahead=ahead,
     )  # fmt: skip
-    return simulate_replicas(source, scenario.policy.routing, engines)
-
-
-def _require_one_group(plan: InstancePlan) -> None:
-    groups = plan.groups(plan.init(), 1)
-    if len(groups) != 1 or not (groups[0].prefills and groups[0].decodes):
-        raise ValueError(
-            f"instance plan {type(plan).__name__} makes {groups} of one instance, and a replica is "
-            "one group that prefills and decodes; take policy/instance_plan=colocated"
+    routing, plan = scenario.policy.routing, scenario.policy.instance_plan
+    if _phases(scenario)[1]:
+        transport = partial(NetworkTransport, placement=place(scenario))
+        return simulate_hand_over(
+            source, routing, plan, engines, transport, setup.kv_bytes_per_token
         )
+    return simulate_replicas(source, routing, engines)
+
+
+def _phases(scenario: Scenario) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return phases(scenario.policy.instance_plan, scenario.num_replicas)

@@ -99,7 +99,7 @@ def _load(name: str) -> Gpu:
 
 
 def _fitted(scenario: Scenario, device: Device) -> IterationCost:
-    node = scenario.node
+    node = scenario.machine
     fits = node.calibration.models if node is not None and node.calibration else {}
     name = scenario.model.name
     if (scenario.tp_size, scenario.pp_size) != (1, 1):

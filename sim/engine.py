@@ -19,6 +19,10 @@ class ReplicaLimits(NamedTuple):
         """KV blocks that hold `tokens` tokens of one request."""
         return -(-tokens // self.block_size)
 
+    def block_tokens(self, tokens: int) -> int:
+        """Tokens that the blocks have room for that hold `tokens` tokens of one request."""
+        return self.blocks_for(tokens) * self.block_size
+
 
 @dataclass(kw_only=True)
 class Engine:

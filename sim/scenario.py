@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from math import isfinite
 
-from hardware_models.schema import Gpu, Node
+from hardware_models.schema import Cluster, Gpu, Node
 from sim.engine import Engine
 from sim.metrics import Slo
 from sim.policies.batching.base import Batching
@@ -91,15 +91,18 @@ class Scenario:
     policy: Policies = field(default_factory=Policies)
     """How it decides."""
     node: Node | None = None
-    """The machine; exactly one of `node` and `gpu`."""
+    """The machine; exactly one of `node`, `gpu` and `cluster`."""
     gpu: Gpu | None = None
-    """Short for a machine with one such GPU."""
+    """Short for a machine with such GPUs."""
+    cluster: Cluster | None = None
+    """Several machines and the network between them: exactly one of the three."""
     tp_size: int = 1
     """Ranks that share every layer of a replica (tensor parallel)."""
     pp_size: int = 1
     """Stages that share out the layers of a replica (pipeline parallel)."""
     num_replicas: int = 1
-    """Copies of the model, each on such a machine of its own, behind one router."""
+    """Copies of the model behind one router: each on such a machine of its own, or on the GPUs of a
+    cluster, or where a plan moves KV, of the node."""
     cost: CostFamily = CostFamily.roofline
     """Where seconds come from."""
     cost_tables: str | None = None
@@ -133,8 +136,19 @@ class Scenario:
                     f"accept.{line}={error} must be above 0 and finite; it is a relative error, "
                     "such as 0.1"
                 )
-        if self.node is not None and self.gpu is not None:
+        given = {
+            name: part.name
+            for name in ("node", "gpu", "cluster")
+            if (part := getattr(self, name)) is not None
+        }
+        if len(given) > 1:
             raise ValueError(
-                f"node={self.node.name} and gpu={self.gpu.name} are both given; give exactly one "
-                "(node=null or gpu=null drops the other)"
+                f"{' and '.join(f'{name}={part}' for name, part in given.items())} are given "
+                "together; give exactly one "
+                f"({' or '.join(f'{name}=null' for name in given)} drops the other)"
             )
+
+    @property
+    def machine(self) -> Node | None:
+        """The node that a replica runs on, where one is named."""
+        return self.cluster.node if self.cluster is not None else self.node

@@ -32,6 +32,10 @@ class Setup:
     """Name of the GPU or CPU."""
     kv_bytes_per_token: int
 
+    def kv_bytes_moved(self, tokens: int) -> int:
+        """Bytes that move with the KV of so many tokens of one request: blocks move whole."""
+        return self.limits.block_tokens(tokens) * self.kv_bytes_per_token
+
 
 def prepare(scenario: Scenario) -> Setup:
     """Derive all that a replica needs.
@@ -41,7 +45,7 @@ def prepare(scenario: Scenario) -> Setup:
     """
     architecture = load_architecture(scenario.model.config or scenario.model.name)
     require_parallel(architecture, scenario.tp_size, scenario.pp_size)
-    device = device_of(scenario.node, scenario.gpu)
+    device = device_of(scenario.machine, scenario.gpu)
     max_tokens = _context(scenario.engine, architecture)
     limits = _limits(scenario, architecture, device)
     return Setup(
@@ -77,7 +81,7 @@ def _context(engine: Engine, architecture: Architecture) -> int:
 
 def _limits(scenario: Scenario, architecture: Architecture, device: Device) -> ReplicaLimits:
     engine = scenario.engine
-    gpu = scenario.gpu or (scenario.node.gpu if scenario.node else None)
+    gpu = scenario.gpu or (scenario.machine.gpu if scenario.machine else None)
     sequences, tokens = batch_limits(engine, gpu)
 
     def blocks(tp_size: int, pp_size: int) -> int:

@@ -33,6 +33,7 @@ def summarise(scenario: Scenario, setup: Setup, trace: Trace) -> dict[str, float
         "num_iterations": trace.num_iterations,
         "num_decisions": len(trace.decisions["repeat"]),
         "busy_share": metrics.busy_share(trace, scenario.num_replicas),
+        **_transfers(trace, setup),
         "prefix_hit_share": (
             metrics.reused_share(trace) if scenario.engine.prefix_caching else float("nan")
         ),
@@ -61,6 +62,22 @@ def latencies(trace: Trace, times: RequestTimes, *, steady: bool = True) -> dict
     return figures if steady else dict.fromkeys(figures, float("nan"))
 
 
+def _transfers(trace: Trace, setup: Setup) -> dict[str, float]:
+    """How long KV took from the first token to where it is decoded, and how much of it moved."""
+    moved = trace.hand_overs
+    waited_s = moved["delivered_s"] - moved["instant_s"]
+    any_moved = len(waited_s) > 0
+    return {
+        "hand_over_mean_s": float(waited_s.mean()) if any_moved else float("nan"),
+        "hand_over_p99_s": float(np.percentile(waited_s, 99)) if any_moved else float("nan"),
+        "kv_bytes_moved": (
+            int(sum(map(setup.kv_bytes_moved, moved["kv_tokens"].tolist())))
+            if any_moved
+            else float("nan")
+        ),
+    }
+
+
 def _rates(times: RequestTimes, slo: Slo, duration_s: float) -> dict[str, float]:
     met = metrics.met_slo(times, slo)
     return {
@@ -76,7 +93,7 @@ def _efficiency(
 ) -> dict[str, float]:
     """FLOPs, bytes, and what time on the device costs where price and power are published."""
     done = work_done(trace, setup.architecture, setup.kv_bytes_per_token)
-    gpu = scenario.gpu or (scenario.node.gpu if scenario.node else None)
+    gpu = scenario.gpu or (scenario.machine.gpu if scenario.machine else None)
     output = int(trace.requests["output_tokens"].sum())
     devices = max(num_gpus(scenario), 1)
     replicas = scenario.num_replicas
@@ -104,6 +121,6 @@ def _efficiency(
 
 def num_gpus(scenario: Scenario) -> int:
     """GPUs that are paid for: those that serve, however many more their nodes have."""
-    if not (scenario.gpu or (scenario.node and scenario.node.gpu)):
+    if not (scenario.gpu or (scenario.machine and scenario.machine.gpu)):
         return 0
     return scenario.num_replicas * scenario.tp_size * scenario.pp_size

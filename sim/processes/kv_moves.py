@@ -6,12 +6,15 @@ from typing import Any, NamedTuple, Protocol
 
 from simpy.events import Event
 
-from sim.engine import ReplicaLimits
+from sim.placement import Placement
 from sim.policies.instance_plan.base import kv_tokens
+from sim.processes.exact_time import ExactEnvironment
+from sim.processes.network import Network
 from sim.processes.replica import Replica
 from sim.processes.router import RouterLog
 from sim.recorder import RouteRecorder
 from sim.requests import Request, RequestView
+from sim.state.links import Routes
 from sim.trace import Trace
 
 
@@ -21,6 +24,19 @@ class Transport(Protocol):
     def send(self, source: int, target: int, num_bytes: int) -> Event:
         """An event that fires when so many bytes of one instance have arrived at another."""
         ...
+
+
+class NetworkTransport:
+    """Every rank of an instance sends its share to the same rank of the other, over the network."""
+
+    def __init__(self, environment: ExactEnvironment, placement: Placement) -> None:
+        self._network = Network(environment, Routes(placement.hardware))
+        self._placement = placement
+
+    def send(self, source: int, target: int, num_bytes: int) -> Event:
+        """See `Transport`."""
+        ends = self._placement.ranks(source), self._placement.ranks(target)
+        return self._network.transfer_all(*ends, num_bytes / self._placement.ranks_each)
 
 
 class MoveTimes(NamedTuple):
@@ -64,11 +80,6 @@ Queue = deque[tuple[Handed, Callable[[], None]]]
 """What an instance has begun to fetch, and what is to be done when it is there."""
 
 
-def moved_tokens(tokens: int, limits: ReplicaLimits) -> int:
-    """Tokens whose room moves with the KV of so many: blocks move whole."""
-    return limits.blocks_for(tokens) * limits.block_size
-
-
 class Mover:
     """Copies KV, or lets it arrive when another run logged it; frees it where it was."""
 
@@ -103,7 +114,8 @@ class Mover:
         """Move what is queued until nothing is."""
         while queue:
             handed, arrived = queue[0]
-            num_bytes = moved_tokens(kv_tokens(handed.view), self._limits) * self._token_bytes
+            tokens = self._limits.block_tokens(kv_tokens(handed.view))  # blocks move whole
+            num_bytes = tokens * self._token_bytes
             yield self._transport.send(handed.source, target, num_bytes)
             queue.popleft()
             self._release(handed)
