@@ -19,6 +19,7 @@ from backends.collectives import Collectives, Tally
 from backends.emulated_link import EmulatedLink
 from backends.heartbeat import TCPStore
 from backends.inbox import Inbox
+from backends.instance_timing import InstanceTiming
 from backends.instances import DecodeSide, PrefillSide
 from backends.kv_link import Receiver, Sender
 from backends.ranks import join, require_ranks
@@ -29,6 +30,7 @@ from backends.sampling import Sampler
 from backends.serving import fresh_replica, open_model, warm_up, without_collections
 from backends.transformer import Transformer
 from sim.engine import ReplicaLimits
+from sim.policies.batching.base import Batching
 from sim.policies.instance_plan.base import InstancePlan, checked_hand_over, kv_tokens, phases
 from sim.policies.routing.base import Routing
 from sim.recorder import Choice, RouteRecorder
@@ -112,14 +114,23 @@ class Instances:
             self.processes.send_all("stop", None)
         self.processes.__exit__(kind, *rest)
 
-    def serve(self, source: Source, routing: Routing) -> RoutedRun:
+    def serve(
+        self, source: Source, routing: Routing, batching: Batching | None = None
+    ) -> RoutedRun:
         """Serve a source at its arrival times; t = 0 is after all are warm.
+
+        Args:
+            source: requests; their arrival times are kept.
+            routing: chooses who prefills a request.
+            batching: from now on; None: as before.
 
         Raises:
             ValueError: a policy breaks its rules.
             RuntimeError: an instance died or was silent; its number is named.
         """
         spec = self.spec
+        if batching is not None:
+            self.ask("batching", batching)
         hand_overs = HandOvers(spec.plan, self.processes, self.second, spec.limits)
         router = Router(self.processes, routing, spec.limits, self.first, hand_overs)
         router.run(source)
@@ -132,6 +143,11 @@ class Instances:
         """What every instance answers to a command, all at once."""
         self.processes.send_all(command, content)
         return [self.processes.result(number) for number in range(self.spec.num_instances)]
+
+    def tell(self, number: int, command: str, content: Any) -> Any:
+        """What one instance answers to a command."""
+        self.processes.send(number, command, content)
+        return self.processes.result(number)
 
 
 def serve_handed_over(spec: InstanceSpec, source: Source, routing: Routing) -> RoutedRun:
@@ -193,7 +209,14 @@ class _Instance:
             self._mover = Sender(group, device, pipes, lambda one: far.send(("released", one)))
         else:
             self._mover = Receiver(group, device, pipes, lambda one: far.send(("arrived", one)))
-        self.commands: Mapping[str, Callable[[Any], Any]] = {}
+        timing = InstanceTiming(self._model, spec.limits.block_size, self._mover, near.recv)
+        self._batching = spec.batching
+        self.commands: Mapping[str, Callable[[Any], Any]] = {
+            "batching": self._use, **timing.commands,
+        }  # fmt: skip
+
+    def _use(self, batching: Batching) -> None:
+        self._batching = batching
 
     def serve(self, start: float) -> Finished:
         """One run."""
@@ -216,7 +239,7 @@ class _Instance:
             return spec.prompts[request.request_id]
 
         return fresh_replica(
-            self._model, spec.batching, self._limits, seed=spec.seed,
+            self._model, self._batching, self._limits, seed=spec.seed,
             prompts=None if spec.prompts is None else prompt, sampler=spec.sampler,
             corruption=spec.corruption if self._number == spec.num_instances - 1 else None,
             number=self._number, exchange=side,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from backends.inbox import Inbox
 from backends.serving import use_one_thread
 from sim.engine import ReplicaLimits
 from sim.policies.batching.base import Batching
-from sim.policies.registry import USER_MODULES, load_file
+from sim.policies.registry import load_file, user_files
 
 SILENCE_S = 10.0
 """A replica without a sign of life for so long is given up."""
@@ -75,7 +74,7 @@ class Processes:
         self._idle = [-1] * count
         """What a replica had been sent of requests when it last ran out of work."""
         context = multiprocessing.get_context("spawn")
-        files = _user_files(spec.batching)
+        files = [str(path) for path in user_files()]
         for number in range(count):
             near, far = context.Pipe()
             content = pickle.dumps(spec)
@@ -187,12 +186,6 @@ class Processes:
             f"replica {number} of {self.count} (process {process.pid}, exit code "
             f"{process.exitcode}) {what}; the run ends here, start it again"
         )
-
-
-def _user_files(rule: Batching) -> list[str]:
-    """Files outside the package that a process must read before it knows a rule's class."""
-    module = sys.modules[type(rule).__module__]
-    return [str(module.__file__)] if module.__name__.startswith(USER_MODULES) else []
 
 
 def _serve(

@@ -41,6 +41,8 @@ class RoutedRun(NamedTuple):
     kv_bytes_freed: int
     sent_bytes: int
     """Payload that replicas sent each other."""
+    samplers: list[Sampler]
+    """Of every replica, after the run."""
 
 
 class Finished(NamedTuple):
@@ -93,6 +95,7 @@ def together(done: Sequence[Finished], recorder: RouteRecorder) -> RoutedRun:
         merge([one.trace for one in done], routes, answers, hand_overs),
         {request: tokens for one in done for request, tokens in one.answers.items()},
         written, read, freed, sum(row.payload_bytes for one in done for row in one.sent),
+        [one.sampler for one in done],
     )  # fmt: skip
 
 

@@ -109,8 +109,9 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
             "validate one rank"
         )
     return Plan(
-        study, options, policies, accept, out, prefix_caching, last.num_replicas, routings, *sizes
-    )
+        study, options, policies, accept, out, prefix_caching, last.num_replicas, routings, *sizes,
+        last.policy.instance_plan,
+    )  # fmt: skip
 
 
 def _rule_names(

@@ -17,7 +17,7 @@ from backends.transformer import Transformer
 from backends.weights import random_model
 from scenarios import calibrate
 from scenarios.tables import console
-from scenarios.validation import several_ranks, timing
+from scenarios.validation import handed_over, several_ranks, timing
 from scenarios.validation.decisions import exact_lines
 from scenarios.validation.numbers import compare, number_lines
 from scenarios.validation.options import Fault, Options, Question
@@ -28,6 +28,8 @@ from sim.costs.base import IterationCost
 from sim.costs.fitted import Fitted
 from sim.costs.fitting import jitter_quantiles
 from sim.policies.batching.base import Batching
+from sim.policies.instance_plan.base import InstancePlan, phases
+from sim.policies.instance_plan.colocated import Colocated
 from sim.policies.routing.base import Routing
 from sim.trace import Trace
 from sim.workload.source import Source
@@ -50,6 +52,12 @@ class Plan(NamedTuple):
     """Rules of the router that are asked."""
     tp_size: int = 1
     pp_size: int = 1
+    instance_plan: InstancePlan = Colocated()
+
+    @property
+    def routing(self) -> Routing:
+        """The first rule of the router."""
+        return next(iter(self.routings.values()))
 
 
 def answer(plan: Plan) -> tuple[list[Line], dict[str, Runs]]:
@@ -58,6 +66,9 @@ def answer(plan: Plan) -> tuple[list[Line], dict[str, Runs]]:
     asked = set(plan.options.only)
     if plan.tp_size * plan.pp_size > 1:
         lines, runs = several_ranks.answer(plan)
+        return _in_order(lines, asked), runs
+    if phases(plan.instance_plan, plan.num_replicas)[1]:
+        lines, runs = handed_over.answer(plan)
         return _in_order(lines, asked), runs
     if asked & {Question.numbers, Question.time}:
         require_model(plan.options.weights, plan.options.device.value)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from backends.kv_cache import Corruption
 from backends.serving import Served, serve
 from backends.transformer import Transformer
+from backends.weights import random_model
 from scenarios.validation.verdict import Line, Verdict, judge_exact
 from sim.decision_rows import Decision, expand
 from sim.engine import ReplicaLimits
@@ -33,6 +34,11 @@ CACHING = LIMITS._replace(num_blocks=48, prefix_caching=True)
 CONTEXT = 256
 FLOAT32_BYTES = 4
 HASH_TOKENS = 16
+
+
+def tiny_architecture() -> Architecture:
+    """Of the model that decides hundreds of requests."""
+    return random_model().config
 
 
 class Panels(NamedTuple):
@@ -105,7 +111,7 @@ def exact_lines(  # noqa: PLR0913  a policy, its load and how it is served
     return [decision_line(name, panels), *byte_lines(name, panels, model.config)]
 
 
-def stopped_lines(name: str, error: ValueError) -> list[Line]:
+def stopped_lines(name: str, error: Exception) -> list[Line]:
     """A panel stopped: a miss of both questions."""
     return [
         Line(

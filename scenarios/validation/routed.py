@@ -4,6 +4,7 @@ The simulated router takes over when the real one routed each request, when its 
 of which answers it knew. It chooses again, from its own counts; the replicas decide again too.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from backends.corruption import Corruption
@@ -104,20 +105,27 @@ def routed_lines(name: str, case: RoutedCase, architecture: Architecture) -> lis
 
 def route_line(name: str, panels: RoutedPanels) -> Line:
     """Question 1 for the router: which replica, and what it had observed before."""
-    sides = [
-        list(zip(*(trace.routes[column].tolist() for column in COMPARED), strict=True))
-        for trace in (panels.simulated, panels.real.trace)
-    ]
-    ours, theirs = sides
+    return choice_line(name, "routing", "routes", COMPARED, panels)
+
+
+def choice_line(
+    name: str, what: str, table: str, columns: Sequence[str], panels: RoutedPanels
+) -> Line:
+    """Question 1 for a table of decisions, one request a row, by the columns that are decided."""
+    tables = [getattr(trace, table) for trace in (panels.simulated, panels.real.trace)]
+    ours, theirs = (
+        list(zip(*(rows[column].tolist() for column in columns), strict=True)) for rows in tables
+    )
     wrong = [at for at, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other]
     count = len(wrong) + abs(len(ours) - len(theirs))
-    shares = [sum(row[1] == at for row in theirs) for at in range(panels.num_replicas)]
+    chosen = tables[1]["replica"]
+    shares = [int((chosen == at).sum()) for at in range(panels.num_replicas)]
     note = f"requests of each replica: {', '.join(map(str, shares))}"
     if wrong:
         at = wrong[0]
         note = f"first at request {theirs[at][0]}: {ours[at]} simulated, {theirs[at]} measured"
     return Line(
-        question="decisions", metric=f"{name}: routing decisions that differ",
+        question="decisions", metric=f"{name}: {what} decisions that differ",
         simulated=f"{len(ours):,}", measured=f"{len(theirs):,}", error=count, accepted=0,
         verdict=judge_exact(count), note=note,
     )  # fmt: skip

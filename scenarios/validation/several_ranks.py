@@ -165,7 +165,7 @@ class _Numbers:
     def __init__(self, served: _Weights, options: Options, ranks: Ranks) -> None:
         self._served, self._ranks, self._new_tokens = served, ranks, options.sizes.new_tokens
         model = served.model
-        self._asked = _prompts(model, options.sizes.prompts)
+        self._asked = prompts_of(model, options.sizes.prompts)
         self._reference = OneRank(Transformer(model.config, model.weights, ranks.device))
         self._generated = self._reference.generate(self._asked, self._new_tokens)
 
@@ -184,7 +184,7 @@ class _Numbers:
         return number_lines(name, judged, len(self._asked), "one rank's", self._served.about)
 
 
-def _prompts(model: Model, count: int) -> list[list[int]]:
+def prompts_of(model: Model, count: int) -> list[list[int]]:
     """Token ids of texts, or random ones of as many tokens where there is no tokenizer."""
     if model.folder is None:
         vocabulary = model.config.vocab_size

@@ -92,23 +92,26 @@ def time_lines(
         spread: by how much the same iteration differs from itself when it is timed again.
         seed: of the bootstrap.
     """
-    lines = [
-        Line(
-            question="time", metric="the machine: an iteration timed again deviates by",
-            simulated="", measured=f"{spread:.1%}", error=None, verdict=Verdict.reported,
-        )
-    ]  # fmt: skip
+    lines = [machine_line(spread)]
     for name, one in runs.items():
         for figure in FIGURES:
-            lines += _request_lines(name, figure, one, accept, seed)
+            lines += request_lines(name, figure, one, accept, seed)
     for name, one in runs.items():
-        lines += _iteration_lines(name, one, seed)
+        lines += iteration_lines(name, one, seed)
     if {"continuous", "chunked_prefill"} <= runs.keys():
         lines += _ratio_lines(runs["continuous"], runs["chunked_prefill"], accept, seed)
     return lines
 
 
-def _request_lines(
+def machine_line(spread: float) -> Line:
+    """By how much the same iteration differs from itself when it is timed again."""
+    return Line(
+        question="time", metric="the machine: an iteration timed again deviates by",
+        simulated="", measured=f"{spread:.1%}", error=None, verdict=Verdict.reported,
+    )  # fmt: skip
+
+
+def request_lines(
     name: str, figure: str, runs: Runs, accept: Mapping[str, float], seed: int
 ) -> list[Line]:
     """Median over requests of the relative error of their TTFT or end-to-end latency."""
@@ -141,7 +144,7 @@ def _again_lines(what: str, error: float | None) -> list[Line]:
     ]  # fmt: skip
 
 
-def _iteration_lines(name: str, runs: Runs, seed: int) -> list[Line]:
+def iteration_lines(name: str, runs: Runs, seed: int) -> list[Line]:
     """Median error of an iteration's duration, given its measured shape, by kind."""
     lines: list[Line] = []
     for bit, kind in KINDS.items():

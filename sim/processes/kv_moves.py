@@ -39,6 +39,27 @@ class NetworkTransport:
         return self._network.transfer_all(*ends, num_bytes / self._placement.ranks_each)
 
 
+class LinkTransport:
+    """One link of a latency and a bandwidth into every instance, which fetches one at a time."""
+
+    def __init__(self, environment: ExactEnvironment, latency_s: float, bytes_per_s: float) -> None:
+        self._environment = environment
+        self._latency_s, self._bytes_per_s = latency_s, bytes_per_s
+
+    def send(self, source: int, target: int, num_bytes: int) -> Event:
+        """See `Transport`."""
+        del source, target
+        seconds = self._latency_s + num_bytes / self._bytes_per_s
+        return self._environment.arrival(self._environment.now + seconds)
+
+
+class InstantTransport(LinkTransport):
+    """Carries anything in no time: where a log says when it arrives."""
+
+    def __init__(self, environment: ExactEnvironment) -> None:
+        super().__init__(environment, 0.0, float("inf"))
+
+
 class MoveTimes(NamedTuple):
     """When one hand-over went through its stages in another run: see `HAND_OVERS`."""
 
