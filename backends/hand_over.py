@@ -111,7 +111,7 @@ class Instances:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         """End them."""
         if kind is None:
-            self.processes.send_all("stop", None)
+            self.ask("stop")
         self.processes.__exit__(kind, *rest)
 
     def serve(
@@ -249,5 +249,7 @@ class _Instance:
         """Leave together: nobody's sockets close while another still talks."""
         if isinstance(self._mover, Receiver):
             self._mover.stop()
-        dist.barrier()
+        self._inbox.end()
+        self._inbox.send("result")
+        self._inbox.await_close()
         dist.destroy_process_group()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -79,6 +80,11 @@ class Inbox:
     def has_ended(self) -> bool:
         """Whether the router has said that nothing more will come."""
         return self._ended
+
+    def await_close(self) -> None:
+        """Wait until the router has closed the connection."""
+        with suppress(EOFError, ConnectionResetError):
+            self._connection.recv()
 
     def end(self) -> None:
         """No more signs of life."""

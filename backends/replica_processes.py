@@ -7,6 +7,7 @@ import pickle
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -205,4 +206,5 @@ def _serve(
     except (BrokenPipeError, EOFError):
         return  # the router is gone, and with it whoever would read this
     except Exception:
-        inbox.send("failed", traceback.format_exc())
+        with suppress(BrokenPipeError):
+            inbox.send("failed", traceback.format_exc())

@@ -23,6 +23,8 @@ OTHERS = {
     "slo_share": "met the SLO",
     "busy_share": "busy",
     "prefix_hit_share": "of prompt tokens from the prefix cache",
+    "hand_over_mean_s": "from first token to decoding elsewhere",
+    "kv_bytes_moved": "KV moved between instances",
     "flops_utilisation": "of peak FLOP/s",
     "num_preemptions": "pre-emptions",
     "usd_per_hour": "price of the GPUs per hour",

@@ -264,6 +264,16 @@ def reused_share(trace: Trace) -> float:
     return reused / max(reused + computed, 1)
 
 
+def hand_over_s(trace: Trace) -> Floats:
+    """From each hand-over to the decision at which its request decodes elsewhere."""
+    moved, events = trace.hand_overs, trace.events
+    elsewhere = ~np.isin(events["replica"], moved["source"])
+    ids, since_s = _first(
+        {name: column[elsewhere] for name, column in events.items()}, State.decoding
+    )
+    return since_s[np.searchsorted(ids, moved["request"])] - moved["instant_s"]
+
+
 def _of(events: Mapping[str, Array], state: State) -> Ints:
     return events["request"][events["state"] == state]
 

@@ -63,19 +63,15 @@ def latencies(trace: Trace, times: RequestTimes, *, steady: bool = True) -> dict
 
 
 def _transfers(trace: Trace, setup: Setup) -> dict[str, float]:
-    """How long KV took from the first token to where it is decoded, and how much of it moved."""
-    moved = trace.hand_overs
-    waited_s = moved["delivered_s"] - moved["instant_s"]
-    any_moved = len(waited_s) > 0
-    return {
-        "hand_over_mean_s": float(waited_s.mean()) if any_moved else float("nan"),
-        "hand_over_p99_s": float(np.percentile(waited_s, 99)) if any_moved else float("nan"),
-        "kv_bytes_moved": (
-            int(sum(map(setup.kv_bytes_moved, moved["kv_tokens"].tolist())))
-            if any_moved
-            else float("nan")
-        ),
-    }
+    """How long requests took from their first token to decoding elsewhere, and what KV moved."""
+    tokens = trace.hand_overs["kv_tokens"].tolist()
+    names = ("hand_over_mean_s", "hand_over_p99_s", "kv_bytes_moved")
+    if not tokens:
+        return dict.fromkeys(names, float("nan"))
+    took_s = metrics.hand_over_s(trace)
+    moved = sum(map(setup.kv_bytes_moved, tokens))
+    return dict(zip(names, (float(took_s.mean()), float(np.percentile(took_s, 99)), moved),
+                    strict=True))  # fmt: skip
 
 
 def _rates(times: RequestTimes, slo: Slo, duration_s: float) -> dict[str, float]:

@@ -29,8 +29,8 @@ class DecodeInlet:
         self._arrived: deque[Handed] = deque()
 
     @property
-    def num_unfinished(self) -> int:
-        """Requests whose KV is still elsewhere, and did not begin to move."""
+    def num_handed(self) -> int:
+        """Requests whose KV has not begun to move."""
         return len(self._handed)
 
     def announce(self, handed: Handed) -> None:
@@ -178,6 +178,11 @@ def simulate_hand_over(  # noqa: PLR0913  what a deployment is made of
     router = Router(routing, prefillers, recorder, reports, None if log is None else log.router)
     feed.start(router.submit)
     environment.run()
+    if unfetched := sum(inlet.num_handed for inlet in inlets):
+        raise ValueError(
+            f"policy {type(plan).__name__} left the KV of {unfetched} requests where it was "
+            "prefilled, and nothing more will come; mend its fetch"
+        )
     replicas = sorted([*prefillers, *decoders], key=lambda replica: replica.number)
     engines.require_served(replicas)
     return merge(traces_of(replicas), *recorder.tables())

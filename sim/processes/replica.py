@@ -29,11 +29,6 @@ PassOn = Callable[[Request, float], None]
 class Inlet(Protocol):
     """Where requests come in that were prefilled elsewhere."""
 
-    @property
-    def num_unfinished(self) -> int:
-        """Requests whose KV is still elsewhere."""
-        ...
-
     def take(self, replica: "Replica") -> None:
         """Seat the requests whose KV has come, and decide whose is fetched now."""
         ...
@@ -130,12 +125,6 @@ class Replica:
             unseen.popleft().apply()
         if self._inlet is not None:
             self._inlet.take(self)
-
-    @property
-    def num_unfinished(self) -> int:
-        """Requests that are here or on their way, and have not left."""
-        elsewhere = 0 if self._inlet is None else self._inlet.num_unfinished
-        return self.state.num_unfinished + elsewhere
 
     def look(self) -> ReplicaState:
         """The state at the last boundary before now, for whoever looks in from outside.
@@ -375,7 +364,7 @@ def simulate(
     )  # fmt: skip
     feed.start(replica.submit)
     environment.run()
-    unserved = replica.num_unfinished
+    unserved = replica.state.num_unfinished
     if unserved:
         raise ValueError(
             f"policy {type(batching).__name__} left {unserved} requests unserved and waits for "

@@ -153,7 +153,7 @@ class Engines:
         Raises:
             ValueError: a policy schedules nothing although no request will come any more.
         """
-        unserved = sum(one.num_unfinished for one in replicas)
+        unserved = sum(one.state.num_unfinished for one in replicas)
         if unserved:
             raise ValueError(
                 f"policy {type(self.batching).__name__} left {unserved} requests unserved and "

@@ -166,6 +166,18 @@ def whole_prompts(view: ReplicaView, reserved_blocks: int = 0) -> Batch:
     return Batch(admit=tuple([request_id for request_id, _ in chosen]), prefill=tuple(chosen))
 
 
+def decode_all(view: ReplicaView) -> Batch:
+    """One token for everyone; who gets no block for it is pre-empted.
+
+    Nothing where that would be everyone: then blocks are taken for KV that is on its way here, and
+    the first to come makes the next decision.
+    """
+    victims = preempt_last(view)
+    if not victims:
+        return DECODE
+    return Batch(preempt=victims, decode=True) if len(victims) < view.num_running else Batch()
+
+
 def preempt_last(view: ReplicaView) -> tuple[int, ...]:
     """Requests to recompute later so that all others get their next token: last admitted first.
 

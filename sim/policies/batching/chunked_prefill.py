@@ -46,6 +46,8 @@ class ChunkedPrefill(Batching):
         if not view.waiting and not view.prefilling and view.decode_blocks <= view.free_blocks:
             return DECODE
         victims = preempt_last(view)
+        if victims and len(victims) == view.num_running:
+            return Batch()  # as `decode_all`: what comes next is KV from elsewhere
         batch = self._fill(view, victims)
         while not batch.decode and not batch.prefill and len(victims) < view.num_running - 1:
             # Begun prompts hold every block and none can go on: the last one starts again later.

@@ -8,14 +8,13 @@ from math import ceil
 from typing import Any, ClassVar
 
 from sim.policies.batching.base import (
-    DECODE,
     UNTIL_ANY_WAKE,
     UNTIL_FREED,
     Batch,
     Batching,
     ReplicaView,
     Standing,
-    preempt_last,
+    decode_all,
     whole_prompts,
 )
 
@@ -41,8 +40,7 @@ class Continuous(Batching):
             batch = whole_prompts(view, ceil(self.watermark * view.limits.num_blocks))
             if batch.admit:
                 return batch
-        victims = preempt_last(view)
-        return Batch(preempt=victims, decode=True) if victims else DECODE
+        return decode_all(view)
 
     def steady(self, memory: Any, view: ReplicaView) -> Standing:
         """A queue whose head does not fit stays blocked until something is freed."""

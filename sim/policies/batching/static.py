@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sim.policies.batching.base import (
-    DECODE,
     UNTIL_FREED,
     Batch,
     Batching,
     ReplicaView,
     Standing,
-    preempt_last,
+    decode_all,
     whole_prompts,
 )
 
@@ -29,8 +28,7 @@ class Static(Batching):
         del memory
         if not view.num_running:
             return whole_prompts(view)
-        victims = preempt_last(view)
-        return Batch(preempt=victims, decode=True) if victims else DECODE
+        return decode_all(view)
 
     def steady(self, memory: Any, view: ReplicaView) -> Standing:
         """Arrivals change nothing in mid-batch."""
