@@ -18,9 +18,12 @@ class Exchange(Protocol):
         """Whether requests go on elsewhere once they are prefilled."""
         ...
 
-    @property
-    def num_unfinished(self) -> int:
-        """Requests that are on their way here, or whose KV waits here to be fetched."""
+    def require_served(self) -> None:
+        """Refuse an end at which requests wait that were handed over to this instance.
+
+        Raises:
+            ValueError: a policy lets them wait for ever.
+        """
         ...
 
     def settle(self, replica: Replica, now_s: float) -> None:

@@ -14,7 +14,7 @@ from backends.kv_link import Fetch, Receiver, Sender
 from backends.observed import Sequence
 from backends.replica import Replica
 from sim.engine import ReplicaLimits
-from sim.policies.instance_plan.base import InstancePlan, kv_tokens
+from sim.policies.instance_plan.base import InstancePlan, kv_tokens, unfetched_text
 from sim.requests import Request, RequestView
 from sim.trace import State
 
@@ -40,10 +40,8 @@ class PrefillSide:
         """When what was seen, by column of `HAND_OVERS` and request."""
         inbox.expects_more = lambda: inbox.has_ended and bool(self._held)
 
-    @property
-    def num_unfinished(self) -> int:
-        """Requests whose KV waits here to be fetched."""
-        return len(self._held)
+    def require_served(self) -> None:
+        """What waits here to be fetched is for others to answer for."""
 
     def settle(self, replica: Replica, now_s: float) -> None:
         """Free the blocks of requests that were fetched."""
@@ -80,10 +78,10 @@ class DecodeSide:
         """When what was seen, by column of `HAND_OVERS` and request."""
         inbox.expects_more = lambda: bool(self._moving)
 
-    @property
-    def num_unfinished(self) -> int:
-        """Requests that were handed over and do not run yet."""
-        return len(self._handed) + len(self._moving) + len(self._arrived)
+    def require_served(self) -> None:
+        """Refuse a plan that never fetched what was handed over."""
+        if self._handed:
+            raise ValueError(unfetched_text(self._plan, len(self._handed)))
 
     def settle(self, replica: Replica, now_s: float) -> None:
         """Take what came in, seat the requests whose KV is here, and decide whose is fetched."""

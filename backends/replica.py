@@ -107,8 +107,9 @@ class Replica:
             busy = (self.waiting or self._seated) and self.step(now_s, start, feed)
             if busy or feed.wait(start):
                 continue
-            elsewhere = 0 if self._exchange is None else self._exchange.num_unfinished
-            if unserved := len(self.waiting) + len(self._seated) + elsewhere:
+            if self._exchange is not None:
+                self._exchange.require_served()
+            if unserved := len(self.waiting) + len(self._seated):
                 name = type(self.batching).__name__
                 raise ValueError(
                     f"policy {name} left {unserved} requests unserved and waits for arrivals that "

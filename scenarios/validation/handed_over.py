@@ -66,7 +66,7 @@ def answer(plan: "Plan") -> "tuple[list[Line], dict[str, Runs]]":
         if asked & {Question.decisions, Question.bytes}:
             task = progress.add_task("decisions and bytes", total=len(plan.policies))
             for name, batching in plan.policies.items():
-                found = _exact_lines(name, batching, plan)
+                found = exact_lines(name, batching, plan)
                 lines += [line for line in found if Question(line.question) in asked]
                 progress.advance(task)
         if Question.numbers in asked:
@@ -86,7 +86,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _exact_lines(name: str, batching: Batching, plan: "Plan") -> list[Line]:
+def exact_lines(name: str, batching: Batching, plan: "Plan") -> list[Line]:
     """Questions 1 and 2 for one batching policy."""
     count, fault = plan.options.sizes.decision_requests, plan.options.corrupt
     # In mid-run, so that the fault meets a full pool.

@@ -6,7 +6,13 @@ from typing import Any
 
 from simpy.events import Event
 
-from sim.policies.instance_plan.base import InstancePlan, checked_hand_over, kv_tokens, phases
+from sim.policies.instance_plan.base import (
+    InstancePlan,
+    checked_hand_over,
+    kv_tokens,
+    phases,
+    unfetched_text,
+)
 from sim.policies.routing.base import Routing
 from sim.processes.exact_time import ExactEnvironment
 from sim.processes.kv_moves import Handed, HandOverLog, Mover, MoveTimes, Transport
@@ -179,10 +185,7 @@ def simulate_hand_over(  # noqa: PLR0913  what a deployment is made of
     feed.start(router.submit)
     environment.run()
     if unfetched := sum(inlet.num_handed for inlet in inlets):
-        raise ValueError(
-            f"policy {type(plan).__name__} left the KV of {unfetched} requests where it was "
-            "prefilled, and nothing more will come; mend its fetch"
-        )
+        raise ValueError(unfetched_text(plan, unfetched))
     replicas = sorted([*prefillers, *decoders], key=lambda replica: replica.number)
     engines.require_served(replicas)
     return merge(traces_of(replicas), *recorder.tables())

@@ -42,7 +42,7 @@ ARCHITECTURE = random_model().config
 
 def case(rule, count=2, **given):
     batching = with_short_chunks(policies("batching")["chunked_prefill"]())
-    return RoutedCase(policies("routing")[rule](), batching, count, 120, **given)
+    return RoutedCase(policies("routing")[rule](), batching, count, 300, **given)
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,14 @@ def phases(plan: InstancePlan, num_instances: int) -> tuple[tuple[int, ...], tup
     return first, second
 
 
+def unfetched_text(plan: InstancePlan, count: int) -> str:
+    """What to say, on both panels, of a plan that lets requests wait for ever."""
+    return (
+        f"policy {type(plan).__name__} left the KV of {count} requests where it was prefilled, and "
+        "nothing more will come; mend its fetch"
+    )
+
+
 def kv_tokens(request: RequestView) -> int:
     """Tokens of a prefilled request whose KV is stored: all but the last, which is only known."""
     return request.prefill_tokens - 1
