@@ -16,7 +16,7 @@ from sim.policies.instance_plan.base import (
 from sim.policies.routing.base import Routing
 from sim.processes.exact_time import ExactEnvironment
 from sim.processes.kv_moves import Handed, HandOverLog, Mover, MoveTimes, Transport
-from sim.processes.replica import Feed, Replica
+from sim.processes.replica import Feed, Finished, Replica
 from sim.processes.router import Engines, Reports, Router, traces_of
 from sim.recorder import Choice, RouteRecorder
 from sim.requests import Request
@@ -152,40 +152,58 @@ def simulate_hand_over(  # noqa: PLR0913  what a deployment is made of
         ValueError: a policy breaks its rules, or leaves requests unserved.
     """
     environment = ExactEnvironment()
-    feed, recorder = Feed(environment, source), RouteRecorder()
-    reports = Reports(recorder, None if log is None else log.router.answers)
+    ends = _Ends(environment, source, plan, None if log is None else log.router.answers)
     first, second = phases(plan, len(engines.paces))
-
-    def finished(number: int) -> Callable[[int, float], None]:
-        def tell(request_id: int, instant_s: float) -> None:
-            reports.done(request_id, number, instant_s)
-            feed.answered(request_id, instant_s)
-
-        return tell
-
-    def pass_on(number: int) -> Callable[[Request, float], None]:
-        def tell(request: Request, instant_s: float) -> None:
-            reports.done(request.request_id, number, instant_s)
-            hand_overs.prefilled(request, number)
-
-        return tell
-
-    prefillers = [
-        engines.replica(environment, at, finished=finished(at), pass_on=pass_on(at)) for at in first
-    ]
-    mover = Mover(transport(environment), kv_bytes_per_token, recorder, prefillers, log)
+    prefillers = [ends.prefiller(engines, at) for at in first]
+    mover = Mover(transport(environment), kv_bytes_per_token, ends.recorder, prefillers, log)
     inlets = [DecodeInlet(plan, mover) for _ in second]
-    limits = engines.limits._replace(prefix_caching=False)
-    decoders = [
-        engines.replica(environment, at, limits=limits, finished=finished(at), inlet=inlet)
-        for at, inlet in zip(second, inlets, strict=True)
-    ]
-    hand_overs = HandOvers(plan, decoders, inlets, recorder, reports, log)
-    router = Router(routing, prefillers, recorder, reports, None if log is None else log.router)
-    feed.start(router.submit)
+    decoders = [ends.decoder(engines, at, inlet) for at, inlet in zip(second, inlets, strict=True)]
+    ends.hand_overs = HandOvers(plan, decoders, inlets, ends.recorder, ends.reports, log)
+    router_log = None if log is None else log.router
+    router = Router(routing, prefillers, ends.recorder, ends.reports, router_log)
+    ends.feed.start(router.submit)
     environment.run()
     if unfetched := sum(inlet.num_handed for inlet in inlets):
         raise ValueError(unfetched_text(plan, unfetched))
     replicas = sorted([*prefillers, *decoders], key=lambda replica: replica.number)
     engines.require_served(replicas)
-    return merge(traces_of(replicas), *recorder.tables())
+    return merge(traces_of(replicas), *ends.recorder.tables())
+
+
+class _Ends:
+    """What the instances of a deployment are joined to."""
+
+    hand_overs: HandOvers
+
+    def __init__(
+        self, environment: ExactEnvironment, source: Source, plan: InstancePlan,
+        answers: Sequence[tuple[int, int]] | None,
+    ) -> None:  # fmt: skip
+        self.environment, self.plan = environment, plan
+        self.feed, self.recorder = Feed(environment, source), RouteRecorder()
+        self.reports = Reports(self.recorder, answers)
+
+    def prefiller(self, engines: Engines, number: int) -> Replica:
+        """An instance that only prefills."""
+
+        def pass_on(request: Request, instant_s: float) -> None:
+            self.reports.done(request.request_id, number, instant_s)
+            self.hand_overs.prefilled(request, number)
+
+        return engines.replica(
+            self.environment, number, finished=self._finished(number), pass_on=pass_on
+        )
+
+    def decoder(self, engines: Engines, number: int, inlet: DecodeInlet) -> Replica:
+        """An instance that only decodes."""
+        limits = engines.limits._replace(prefix_caching=False)
+        return engines.replica(
+            self.environment, number, limits=limits, finished=self._finished(number), inlet=inlet
+        )
+
+    def _finished(self, number: int) -> Finished:
+        def tell(request_id: int, instant_s: float) -> None:
+            self.reports.done(request_id, number, instant_s)
+            self.feed.answered(request_id, instant_s)
+
+        return tell
