@@ -94,17 +94,28 @@ class RooflineKernels:
 
     def prompts_s(self, shape: IterationShape, *, cached: bool = False) -> float:
         """Seconds of attention of the chunks alone; `cached`: their operands are."""
-        token_bytes, context_bytes, pair_flops = self._chunk
+        pair_flops = self._chunk[2]
         a = self.architecture
         pairs, tiles = self._tiled(shape)
         context = shape.prefill_context / shape.num_prefills
         return a.num_layers * self.model.prompt_attention_s(
             pairs * pair_flops,
-            shape.prefill_tokens * token_bytes + shape.prefill_context * context_bytes,
+            self.prompt_work(shape)[1],
             blocks=tiles * a.num_heads,
             longest_flops=TILE_ROWS * context * pair_flops / a.num_heads,
             cached=cached,
         )
+
+    def prompt_work(self, shape: IterationShape) -> tuple[float, float]:
+        """FLOPs, without those of half-empty tiles, and bytes of chunks in one layer."""
+        token_bytes, context_bytes, pair_flops = self._chunk
+        moved = shape.prefill_tokens * token_bytes + shape.prefill_context * context_bytes
+        return shape.prefill_pairs * pair_flops, moved
+
+    def decode_work(self, num_decodes: float, context: float) -> tuple[float, float]:
+        """FLOPs and bytes of decoding requests in one layer."""
+        token_bytes, context_bytes, pair_flops = self._step
+        return context * pair_flops, num_decodes * token_bytes + context * context_bytes
 
     def _tiled(self, shape: IterationShape) -> tuple[float, float]:
         """Query-key pairs in whole tiles of rows, and tiles a query head, of chunks alike."""
@@ -170,12 +181,12 @@ class RooflineKernels:
 
     def decodes_s(self, num_decodes: int, context: float, *, cached: bool = False) -> float:
         """Seconds of attention of decoding requests alone; `cached`: their keys are."""
-        token_bytes, context_bytes, pair_flops = self._step
+        flops, num_bytes = self.decode_work(num_decodes, context)
         a = self.architecture
         blocks = num_decodes * a.num_kv_heads * max(1.0, context / num_decodes / KEYS_PER_SPLIT)
         return a.num_layers * self.model.decode_attention_s(
-            context * pair_flops,
-            num_decodes * token_bytes + context * context_bytes,
+            flops,
+            num_bytes,
             blocks=blocks,
             heads=num_decodes * a.num_kv_heads,
             cached=cached,

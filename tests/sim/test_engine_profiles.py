@@ -45,10 +45,11 @@ def test_every_profile_is_known_by_its_own_name() -> None:
     }
 
 
-def pool_bytes(gpu: str, model: str, engine: Engine = VLLM_V1, **fields: int) -> float:
-    setup = prepare(Scenario(gpu=load_gpu(gpu), model=Model(name=model), engine=engine, **fields))
-    ranks = fields.get("tp_size", 1)
-    return setup.limits.num_blocks * 16 * setup.kv_bytes_per_token / ranks
+def pool_bytes(gpu: str, model: str, engine: Engine = VLLM_V1, tp_size: int = 1) -> float:
+    setup = prepare(
+        Scenario(gpu=load_gpu(gpu), model=Model(name=model), engine=engine, tp_size=tp_size)
+    )
+    return setup.limits.num_blocks * 16 * setup.kv_bytes_per_token / tp_size
 
 
 @pytest.mark.parametrize(
