@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hardware_models.parts import load_gpu
 from sim.costs.attention_scale import AttentionScale, shortest_s
 from sim.costs.kernel_model import KernelModel
+from sim.costs.layer_tables import LayerKernels, LayerTables
 from sim.costs.measured_attention import MeasuredAttention
 from sim.costs.roofline import RooflineKernels
 from sim.models.architecture import load_architecture
@@ -72,3 +73,22 @@ def test_the_curve_goes_through_what_was_measured(batch: int, length: int) -> No
     curve = attention().decode_attention(batch)
     assert curve.at(batch * length) == pytest.approx(LAYERS * measured(batch, length))
     assert attention().decode_source(batch, batch * length).interpolated == 0.0
+
+
+def mixed_s(new: float, before: float, requests: float, context: float) -> float:
+    """One layer of a launch that works off chunk and decoding requests one after the other."""
+    pairs = new * before + new * new / 2
+    return LAUNCH_S + 1e-11 * pairs + measured(int(requests), int(context))
+
+
+def test_a_mixed_launch_that_adds_up_is_met_between_its_points() -> None:
+    some = np.array([[1.0, 1e-4], [4096.0, 1e-2]])
+    rows = np.array(
+        [(c, h, n, kv, mixed_s(c, h, n, kv)) for c in (64, 512) for h in (0, 256, 2048)
+         for n in (4, 16) for kv in (128, 1024)]
+    )  # fmt: skip
+    kernels = LayerKernels(LayerTables(source="", layer=some, once=some, mixed=rows), ROOFLINE)
+    for new, before, requests, context in ((64, 0, 4, 128), (200, 700, 8, 400)):
+        shape = IterationShape.of([(new, before)], [context] * requests, 0)
+        wanted = LAYERS * mixed_s(new, before, requests, context)
+        assert kernels.prompt_attention(shape).total == pytest.approx(wanted, rel=0.03)
