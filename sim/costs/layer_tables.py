@@ -110,7 +110,7 @@ class LayerKernels:
         if not decodes:
             return seconds
         beside = max(
-            self._roofline.mixed_decode_s(decodes, context),
+            self._roofline.mixed_decode_s(shape),
             self.decode_source(decodes, context).total,
         )
         return seconds.plus(Seconds(extrapolated=beside))

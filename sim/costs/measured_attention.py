@@ -72,7 +72,7 @@ class MeasuredAttention:
         if not shape.num_decodes:
             return seconds
         alone = self.decode_source(shape.num_decodes, shape.decode_context)
-        mixed = self.roofline.mixed_decode_s(shape.num_decodes, shape.decode_context)
+        mixed = self.roofline.mixed_decode_s(shape)
         return seconds.plus(Seconds(extrapolated=max(mixed, alone.total)))
 
     def decode_attention(self, num_decodes: int) -> Curve:
