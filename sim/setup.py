@@ -83,11 +83,12 @@ def _limits(scenario: Scenario, architecture: Architecture, device: Device) -> R
     engine = scenario.engine
     gpu = scenario.gpu or (scenario.machine.gpu if scenario.machine else None)
     sequences, tokens = batch_limits(engine, gpu)
+    sm_count = (gpu.peak.sm_count if gpu else None) or 0
 
     def blocks(tp_size: int, pp_size: int) -> int:
         rank = stage_part(tensor_part(architecture, tp_size), pp_size)
         size = scenario.model.dtype.num_bytes
-        need = memory_need(engine, (sequences, tokens), architecture, rank, size)
+        need = memory_need(engine, (sequences, tokens), architecture, rank, size, sm_count)
         block_bytes = engine.block_size * kv_bytes_per_token(
             rank, scenario.model.cache_dtype.num_bytes
         )
