@@ -105,6 +105,33 @@ class Recorder:
         """The last decision stood for `count` iterations only."""
         self._decisions[1 - _WIDTH] = count
 
+    def undo(self, *, passed: bool) -> bool:
+        """Take the last decision back: its iteration was lost. What was pre-empted keeps its runs.
+
+        Args:
+            passed: whether the end of its only iteration was noted already.
+
+        Returns:
+            Whether it decoded.
+        """
+        decoded = self._decisions[_DECODES] > 0
+        del self._decisions[-_WIDTH:]
+        self._num_decisions -= 1
+        if passed:
+            self._end.pop()
+        moved = sum(self._rows[name].count(self._num_decisions) for name in _MOVES)
+        if moved:  # what it admitted and pre-empted are the last events
+            del self._events[-moved * (len(schema.EVENTS) - 1) :]
+        for name, rows in self._rows.items():
+            count = rows.count(self._num_decisions)
+            if count:
+                del rows[-count:], self._values[name][-count:]
+        return decoded
+
+    def ends_after(self, instant_s: float) -> bool:
+        """Whether the last iteration that was noted ends at this instant or later."""
+        return bool(self._end) and self._end[-1] >= instant_s
+
     def span(self, resource: str, operation: str, row: Mapping[str, float]) -> None:
         """A resource was busy with an operation; `row` has the columns of `SPANS`."""
         self._span_names["resource"].append(resource)
@@ -179,16 +206,17 @@ class RouteRecorder:
         return len(self._answers) // len(schema.ANSWERS)
 
     def route(
-        self, request_id: int, instant_s: float, replica: int, delivered_s: float, seen: RouterView
-    ) -> None:
+        self, request_id: int, instant_s: float, replica: int, delivered_s: float, seen: RouterView,
+        generated_tokens: int = 0,
+    ) -> None:  # fmt: skip
         """A request is sent to a replica, which has it at `delivered_s`.
 
-        `seen` is the router before that.
+        `seen` is the router before that; so many tokens of its answer were handed out before.
         """
         requests = seen.outstanding_requests
         self._routes.extend(
             (request_id, instant_s, replica, delivered_s, sum(requests),
-             sum(seen.outstanding_tokens), requests[replica], self.num_answers)
+             sum(seen.outstanding_tokens), requests[replica], self.num_answers, generated_tokens)
         )  # fmt: skip
 
     def answer(self, request_id: int, instant_s: float) -> None:
@@ -201,6 +229,10 @@ class RouteRecorder:
 
 
 _WIDTH = len(schema.DECISIONS) - 1
+_DECODES = list(schema.DECISIONS).index("num_decodes") - len(schema.DECISIONS)
+"""Of the last row, counted from the end."""
+_MOVES = ("admitted", "preempted")
+"""Lists whose entries have an event each."""
 
 
 def _table(kinds: Mapping[str, str], flat: "array[float]", replica: int | None = None) -> Table:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 PREFILL, DECODE = 1, 2
 """Bits of an iteration's kind; both: a mixed iteration."""
@@ -31,6 +31,8 @@ class State(IntEnum):
     decoding = 2
     preempted = 3
     finished = 4
+    lost = 5
+    """Its replica died: what it held there is gone. The tokens of its answer are not."""
 
 
 Array = NDArray[Any]
@@ -46,9 +48,11 @@ EVENTS = {"replica": "i", "request": "i", "instant_s": "f", "state": "i"}
 ROUTES = {
     "request": "i", "instant_s": "f", "replica": "i", "delivered_s": "f",
     "outstanding_requests": "i", "outstanding_tokens": "i", "chosen_requests": "i", "answers": "i",
+    "generated_tokens": "i",
 }  # fmt: skip
 """Decisions of a router. `outstanding_...` and `chosen_requests` (those of the chosen replica) were
-observed before, when it knew of so many `answers`; the replica had the request at `delivered_s`."""
+observed before, when it knew of so many `answers`; the replica had the request at `delivered_s`. A
+request whose replica died is routed again, with the tokens of its answer that were handed out."""
 ANSWERS = {"request": "i", "instant_s": "f"}
 """Answers in the order in which the router learnt of them."""
 RUNS = {"request": "i", "first_iteration": "i", "count": "i"}

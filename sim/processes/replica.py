@@ -55,20 +55,28 @@ class Replica:
         """Iterations of that stretch that `state` already counts."""
         self._joined: list[int] = []
         self._left: list[int] = []
-        self._unseen: deque[tuple[float, Request]] | None = deque() if schedules_ahead else None
-        """When they came and which: after the next decision was taken, one iteration ahead."""
+        self._unseen: deque[tuple[float, Request, int]] | None = (
+            deque() if schedules_ahead else None
+        )
+        """When they came, which, and their tokens so far: after the next decision was taken, one iteration ahead."""
         self._decided_s = 0.0
         """Start of the last iteration: when the decision at its end was taken, if ahead."""
-        self.process = environment.process(self.serve())
+        self._serving = self.serve()
+        self.process = environment.process(self._serving)
 
-    def submit(self, request: Request) -> None:
-        """Take a request at its arrival. One that comes in mid-run ends the run at a boundary."""
+    def submit(self, request: Request, generated_tokens: int = 0) -> None:
+        """Take a request at its arrival. One that comes in mid-run ends the run at a boundary.
+
+        Args:
+            request: what has arrived.
+            generated_tokens: of its answer, which a replica that died had handed out.
+        """
         self.recorder.arrived(request)
         later = 0
         if self._unseen is None or self._idle is not None:
-            self.state.submit(request)
+            self.state.submit(request, generated_tokens)
         else:
-            self._unseen.append((self.environment.now, request))
+            self._unseen.append((self.environment.now, request, generated_tokens))
             later = 1
         if self._idle is not None:
             self._idle.succeed()
@@ -86,7 +94,7 @@ class Replica:
         """Let the policy see who had arrived when it decided; `idle`: it decides only now."""
         unseen = self._unseen
         while unseen and (idle or unseen[0][0] <= self._decided_s):
-            self.state.submit(unseen.popleft()[1])
+            self.state.submit(*unseen.popleft()[1:])
 
     def look(self) -> ReplicaState:
         """The state at the last boundary before now, for whoever looks in from outside.
@@ -131,6 +139,38 @@ class Replica:
                 self._see(idle=True)
             else:
                 yield self._sleep()
+
+    def die(self) -> dict[int, int]:
+        """End for ever, now, before any boundary of this instant: what is under way is lost.
+
+        Returns:
+            The requests that were here, each with the tokens of its answer that were handed out.
+        """
+        self._serving.close()
+        now, state, recorder = self.environment.now, self.state, self.recorder
+        ahead = 0  # decode iterations that `state` counts and that are lost
+        if self._boundaries:
+            passed = max(bisect_left(self._boundaries, now) - 1, 0)
+            self._settle(passed)
+            if passed:
+                recorder.repeat(passed)
+                recorder.passed(self._boundaries[: passed + 1])
+            else:
+                recorder.undo(passed=False)
+        elif recorder.ends_after(now):
+            ahead = int(recorder.undo(passed=True))
+        had = {view.request_id: view.generated_tokens for view in state.waiting}
+        had |= {request.request_id: tokens for _, request, tokens in self._unseen or ()}
+        for seat in state.seats():
+            request_id = seat.request.request_id
+            had[request_id] = seat.request.output_tokens - seat.tokens_left
+            if seat.joined >= 0:
+                count = state.steps - seat.joined - ahead
+                recorder.run(request_id, seat.first_iteration, count)
+                had[request_id] += 1 + count
+        for request_id in had:
+            recorder.event(request_id, now, State.lost)
+        return had
 
     def _sleep(self) -> Event:
         self._idle = Event(self.environment)
