@@ -5,12 +5,15 @@ from collections.abc import Callable
 
 from sim.cost_shares import cost_shares
 from sim.costs.fitted import Fitted
+from sim.faults import Part, outages
 from sim.policies.instance_plan.base import InstancePlan
 from sim.policies.routing.prefix_aware import PrefixAware
 from sim.policies.routing.round_robin import RoundRobin
+from sim.processes.failover import Failures, simulate_failures
 from sim.processes.pace import Costed
 from sim.processes.replica import simulate
 from sim.processes.router import simulate_replicas
+from sim.processes.slowed import slowed_paces
 from sim.provenance import provenance
 from sim.result import Result
 from sim.scenario import Scenario
@@ -30,6 +33,7 @@ def check(scenario: Scenario) -> Setup:
     """
     setup = prepare(scenario)
     _require_one_group(scenario.policy.instance_plan)
+    _require_communication(scenario, setup)
     for text in _warnings(scenario, setup):
         warnings.warn(text, stacklevel=2)
     for seed in scenario.seeds:
@@ -100,12 +104,42 @@ def _simulate(scenario: Scenario, setup: Setup, seed: int) -> Trace:
     source = Source(scenario.workload, seed, setup.max_model_tokens)
     batching, pace = scenario.policy.batching, Costed(setup.cost)
     ahead = scenario.engine.schedules_ahead
+    if scenario.faults:
+        return _simulate_faults(scenario, setup, source)
     if scenario.num_replicas == 1:
         return simulate(source, batching, setup.limits, pace, schedules_ahead=ahead)
     return simulate_replicas(
         source, scenario.policy.routing, batching, setup.limits,
         [pace] * scenario.num_replicas, schedules_ahead=ahead,
     )  # fmt: skip
+
+
+def _simulate_faults(scenario: Scenario, setup: Setup, source: Source) -> Trace:
+    paces = slowed_paces(
+        scenario.faults, setup.cost, scenario.num_replicas, setup.architecture.num_layers,
+        (scenario.tp_size, scenario.pp_size),
+    )  # fmt: skip
+    trace = simulate_failures(
+        source, scenario.policy.routing, scenario.policy.batching, setup.limits, paces,
+        Failures(outages(scenario.faults), scenario.detection_s),
+        schedules_ahead=scenario.engine.schedules_ahead,
+    )  # fmt: skip
+    end_s = float(trace.iterations["end_s"].max())
+    for one in scenario.faults:
+        if one.at_s >= end_s:
+            text = f"{one} at at_s={one.at_s} has no effect: the last answer ends at {end_s:.4g} s"
+            warnings.warn(f"{text}; move it, or ask for more", stacklevel=4)
+    return trace
+
+
+def _require_communication(scenario: Scenario, setup: Setup) -> None:
+    if isinstance(setup.cost, Fitted):
+        for one in scenario.faults:
+            if one.part is Part.link or (scenario.pp_size > 1 and one.part is Part.gpu):
+                raise ValueError(
+                    f"{one}: cost=fitted measures iterations as a whole, and does not know what "
+                    "part of them that is; take part=node, or another cost"
+                )
 
 
 def _require_one_group(plan: InstancePlan) -> None:

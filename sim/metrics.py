@@ -264,6 +264,24 @@ def reused_share(trace: Trace) -> float:
     return reused / max(reused + computed, 1)
 
 
+def rerouted(trace: Trace) -> dict[str, int]:
+    """What replicas that died left to others: how often a request was sent again, and its tokens.
+
+    These are of the prompt and of the answer so far; they are to be prefilled again, except for
+    what is cached where the request goes.
+    """
+    routes = trace.routes
+    _, first = np.unique(routes["request"], return_index=True)
+    again = np.ones(len(routes["request"]), np.bool_)
+    again[first] = False
+    ids = np.argsort(trace.requests["request"], kind="stable")
+    known = trace.requests["request"][ids]
+    rows = ids[np.searchsorted(known, routes["request"][again])]
+    prompts = trace.requests["prompt_tokens"][rows]
+    tokens = prompts.sum() + routes["generated_tokens"][again].sum()
+    return {"num_rerouted": int(again.sum()), "rerouted_tokens": int(tokens)}
+
+
 def _of(events: Mapping[str, Array], state: State) -> Ints:
     return events["request"][events["state"] == state]
 

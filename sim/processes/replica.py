@@ -58,7 +58,8 @@ class Replica:
         self._unseen: deque[tuple[float, Request, int]] | None = (
             deque() if schedules_ahead else None
         )
-        """When they came, which, and their tokens so far: after the next decision was taken, one iteration ahead."""
+        """When they came, which, and their tokens so far: of those that came after the next
+        decision was taken, one iteration ahead."""
         self._decided_s = 0.0
         """Start of the last iteration: when the decision at its end was taken, if ahead."""
         self._serving = self.serve()
