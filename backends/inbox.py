@@ -52,10 +52,17 @@ class Inbox:
             if kind == "end":
                 self._ended = True
                 break
-            request = Request(*content)
+            request = self.received(content)
             self.delivered_s[request.request_id] = time.perf_counter() - start
             requests.append(request)
         return time.perf_counter() - start, requests
+
+    def received(self, content: Any) -> Request:
+        """The request of a message."""
+        return Request(*content)
+
+    def attach(self, replica: Any, spec: Any) -> None:
+        """Learn who is served, before `begin`. Here nothing follows from it."""
 
     def wait(self, start: float) -> bool:
         """Wait for a message; False when the router has said that none will come.

@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from backends.arrivals import Arrivals
 from backends.corruption import Corruption
 from backends.inbox import Inbox
 from sim.engine import ReplicaLimits
+from sim.faults import Fault
 from sim.policies.batching.base import Batching
 from sim.policies.registry import USER_MODULES, load_file
 from sim.policies.routing.base import Routing, checked_choice
@@ -51,6 +52,8 @@ class ReplicaSpec:
     """Of the prompts' tokens."""
     corruption: Corruption | None = None
     """A fault to put into the KV cache of replica 0."""
+    faults: tuple[Fault, ...] = ()
+    """What is slow, for `backends.failover`, whose router kills as well."""
 
 
 class RoutedRun(NamedTuple):
@@ -148,6 +151,9 @@ class Router:
 class Processes:
     """The replica processes, their connections, and when each was heard of last."""
 
+    inbox: type[Inbox] = Inbox
+    """What a process takes its requests from."""
+
     def __init__(self, spec: ReplicaSpec, count: int) -> None:
         self.count = count
         self._connections: list[Connection] = []
@@ -157,20 +163,22 @@ class Processes:
         self._sent = [0] * count
         self._idle = [-1] * count
         """Requests that a replica had received when it last ran out of work."""
-        context = multiprocessing.get_context("spawn")
-        files = _user_files(spec.batching)
         for number in range(count):
-            near, far = context.Pipe()
-            content = pickle.dumps(spec)
-            process = context.Process(
-                target=_serve, args=(far, number, files, content), daemon=True
-            )
-            process.start()
-            far.close()
+            near, process = self._start(spec, number)
             self._connections.append(near)
             self._processes.append(process)
 
-    def __enter__(self) -> Processes:
+    def _start(self, spec: ReplicaSpec, number: int) -> tuple[Connection, Any]:
+        """Start a process that loads and warms up."""
+        context = multiprocessing.get_context("spawn")
+        near, far = context.Pipe()
+        arguments = (far, number, _user_files(spec.batching), pickle.dumps(spec), self.inbox)
+        process = context.Process(target=_serve, args=arguments, daemon=True)
+        process.start()
+        far.close()
+        return near, process
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -269,9 +277,11 @@ def _user_files(rule: Batching) -> list[str]:
     return [str(module.__file__)] if module.__name__.startswith(USER_MODULES) else []
 
 
-def _serve(connection: Connection, number: int, files: Sequence[str], content: bytes) -> None:
+def _serve(
+    connection: Connection, number: int, files: Sequence[str], content: bytes, kind: type[Inbox]
+) -> None:
     """A replica process: load, warm up, serve what comes, send what happened."""
-    inbox = Inbox(connection)
+    inbox = kind(connection)
     try:
         for name in files:
             load_file(Path(name))
@@ -295,6 +305,7 @@ def _finished(inbox: Inbox, number: int, spec: ReplicaSpec) -> Finished:
         transformer, spec.batching, spec.limits, seed=spec.seed, corruption=corruption,
         number=number,
     )  # fmt: skip
+    inbox.attach(replica, spec)
     with without_collections():
         trace = replica.run(inbox, inbox.begin())
     inbox.end()

@@ -120,8 +120,10 @@ def _simulate_faults(scenario: Scenario, setup: Setup, source: Source) -> Trace:
         (scenario.tp_size, scenario.pp_size),
     )  # fmt: skip
     trace = simulate_failures(
-        source, scenario.policy.routing, scenario.policy.batching, setup.limits, paces,
-        Failures(outages(scenario.faults), scenario.detection_s),
+        source, scenario.policy.routing, scenario.policy.batching, setup.limits,
+        lambda number, life: paces[number],
+        Failures.detected(outages(scenario.faults), scenario.detection_s),
+        num_replicas=scenario.num_replicas,
         schedules_ahead=scenario.engine.schedules_ahead,
     )  # fmt: skip
     end_s = float(trace.iterations["end_s"].max())

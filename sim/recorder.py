@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -137,6 +138,36 @@ class Recorder:
         self._span_names["resource"].append(resource)
         self._span_names["operation"].append(operation)
         self._spans.extend(row[name] for name in schema.SPANS)
+
+    def news(self, known: dict[str, int]) -> dict[str, bytes]:
+        """What was appended since the last call, for a recorder elsewhere to `take`.
+
+        Args:
+            known: how much of each column was handed out; brought up to date.
+        """
+        found: dict[str, bytes] = {}
+        for name, column in self._columns().items():
+            if len(column) > known.get(name, 0):
+                found[name] = column[known.get(name, 0) :].tobytes()
+                known[name] = len(column)
+        return found
+
+    def take(self, news: Mapping[str, bytes]) -> None:
+        """Append what another recorder handed out."""
+        columns = self._columns()
+        for name, content in news.items():
+            columns[name].frombytes(content)
+        self._num_decisions = len(self._decisions) // _WIDTH
+
+    def _columns(self) -> "dict[str, array[Any]]":
+        """All that is appended to but spans and `answered`, which only some executors write."""
+        flat = {
+            "end": self._end, "requests": self._requests, "events": self._events,
+            "runs": self._runs, "decisions": self._decisions,
+        }  # fmt: skip
+        values = {f"values of {name}": column for name, column in self._values.items()}
+        rows = {f"rows of {name}": column for name, column in self._rows.items()}
+        return {**flat, **values, **rows}
 
     def trace(self) -> Trace:
         """The trace so far. Columns are copied: the recorder may go on."""

@@ -1,7 +1,7 @@
 """A router whose replicas die and come back: what they leave unanswered is routed again."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 from simpy.events import Event
@@ -13,7 +13,7 @@ from sim.policies.routing.base import Routing, checked_choice
 from sim.processes.exact_time import ExactEnvironment
 from sim.processes.pace import Pace
 from sim.processes.replica import Feed, Replica
-from sim.processes.router import Router
+from sim.processes.router import Router, RouterLog
 from sim.recorder import Recorder
 from sim.requests import Request
 from sim.trace import State, Trace
@@ -21,17 +21,35 @@ from sim.trace_lives import joined_lives
 from sim.trace_merge import merge
 from sim.workload.source import Source
 
-Made = Callable[[int], Replica]
-"""Makes a replica that begins now, empty, given its number."""
+Made = Callable[[int, int], Replica]
+"""Makes a replica that begins now, empty, given its number and that of its life."""
+
+
+PaceOf = Callable[[int, int], Pace]
+"""Of a replica and its life, both by number from 0."""
 
 
 class Failures(NamedTuple):
     """When replicas die, and when their router knows."""
 
     outages: Sequence[Outage]
-    detection_s: float
-    """From a death to the instant at which the router knows of it, unless the replica is back
-    before."""
+    noticed_s: Sequence[float]
+    """Of each death, when the router learns of it."""
+
+    @classmethod
+    def detected(cls, outages: Sequence[Outage], detection_s: float) -> "Failures":
+        """Noticed after so long, or when the replica is back, if that is before."""
+        return cls(outages, [min(one.at_s + detection_s, one.until_s) for one in outages])
+
+
+class FailoverLog(NamedTuple):
+    """What another run's router saw and when, for replay."""
+
+    router: RouterLog
+    requests: Sequence[int]
+    """Which request each of its choices was about."""
+    known: Sequence[int]
+    """Of each death, of how many answers the router knew when it learnt of it."""
 
 
 class FailoverRouter(Router):
@@ -42,14 +60,17 @@ class FailoverRouter(Router):
     """
 
     def __init__(
-        self, environment: ExactEnvironment, routing: Routing, make: Made, num_replicas: int
-    ) -> None:
-        super().__init__(environment, routing, [make(at) for at in range(num_replicas)])
+        self, environment: ExactEnvironment, routing: Routing, make: Made, num_replicas: int,
+        log: FailoverLog | None = None,
+    ) -> None:  # fmt: skip
+        replicas = [make(at, 0) for at in range(num_replicas)]
+        super().__init__(environment, routing, replicas, log.router if log else None)
         self.lives: list[list[Replica]] = [[one] for one in self.replicas]
         """Of every replica, the present one last."""
         self.waiting: deque[int] = deque()
         """Requests that are to be sent."""
         self._make = make
+        self._known = deque(log.known if log else ())
         self._requests: dict[int, Request] = {}
         """Those that have come and are not answered."""
         self._tokens: dict[int, int] = {}
@@ -62,8 +83,7 @@ class FailoverRouter(Router):
         Faults then come before all else that happens at their instants: an iteration that would
         end with the death of its replica is lost.
         """
-        for one in failures.outages:
-            noticed_s = min(one.at_s + failures.detection_s, one.until_s)
+        for one, noticed_s in zip(*failures, strict=True):
             self._at(one.at_s, self.die, one.replica)
             self._at(noticed_s, self.notice, one.replica)
             if one.until_s < float("inf"):
@@ -93,13 +113,15 @@ class FailoverRouter(Router):
 
     def notice(self, number: int) -> None:
         """The router learns of a death: what was sent there is to be sent again."""
+        if self._known:
+            self._learn(self._known.popleft())
         self.waiting.extend(self.state.lost(number))
         self._send_waiting()
 
     def come_back(self, number: int) -> None:
         """A replica that died begins anew, with nothing, and the router knows at once."""
         self._dead.discard(number)
-        self.lives[number].append(self._make(number))
+        self.lives[number].append(self._make(number, len(self.lives[number])))
         self.state.back(number)
         self._send_waiting()
 
@@ -112,19 +134,50 @@ class FailoverRouter(Router):
                 life.recorder = Recorder()  # what it held is in the trace
         return found
 
-    def _send_waiting(self) -> None:
-        while self.waiting and self.state.live:
-            self._send(self._requests[self.waiting.popleft()], self.environment.now)
+    def replay(self, log: FailoverLog) -> Generator[Event, Any, None]:
+        """Send each request when the logged router did, knowing what that one knew."""
+        environment, router = self.environment, log.router
+        rows = zip(log.requests, router.instants_s, router.delivered_s, router.known, strict=True)
+        for request_id, instant_s, delivered_s, known in rows:
+            yield environment.arrival(max(instant_s, environment.now))
+            self._learn(known)
+            known_here = request_id in self.waiting and request_id in self._requests
+            if not (known_here and self.state.live):
+                continue  # the panels have parted; the counts will say so
+            self.waiting.remove(request_id)
+            request = self._requests[request_id]
+            number = self._choose(request, delivered_s)
+            environment.process(self._deliver_at(delivered_s, request, number))
 
-    def _send(self, request: Request, delivered_s: float) -> int:
-        """Choose a replica and note it; the request is there at once."""
+    def _learn(self, known: int) -> None:
+        """In replay: the router knows of so many answers."""
+        assert self._log is not None
+        for request_id in self._log.answers[self.recorder.num_answers : known]:
+            if not self.state.is_outstanding(request_id):
+                break  # as above
+            self.state.answered(request_id)
+            self.recorder.answer(request_id, self.environment.now)
+
+    def _send_waiting(self) -> None:
+        """Send what waits, unless a log says when."""
+        while self._log is None and self.waiting and self.state.live:
+            request = self._requests[self.waiting.popleft()]
+            self._deliver(request, self._choose(request, self.environment.now))
+
+    def _choose(self, request: Request, delivered_s: float) -> int:
+        """Choose a replica, and note it."""
         tokens, now = self._tokens.get(request.request_id, 0), self.environment.now
         view = request.view(tokens)
         number = checked_choice(self.routing, self._memory, view, self.state, now)
         self.recorder.route(request.request_id, now, number, delivered_s, self.state, tokens)
         self.state.sent(view, number)
-        self._deliver(request, number)
         return number
+
+    def _deliver_at(
+        self, instant_s: float, request: Request, number: int
+    ) -> Generator[Event, Any, None]:
+        yield self.environment.arrival(max(instant_s, self.environment.now))
+        self._deliver(request, number)
 
     def _deliver(self, request: Request, number: int) -> None:
         """A request reaches its replica, or what is left of it."""
@@ -148,13 +201,27 @@ def simulate_failures(  # noqa: PLR0913  what a deployment is made of
     routing: Routing,
     batching: Batching,
     limits: ReplicaLimits,
-    paces: Sequence[Pace],
+    pace_of: PaceOf,
     failures: Failures,
     *,
+    num_replicas: int,
     one_by_one: bool = False,
     schedules_ahead: bool = False,
+    log: FailoverLog | None = None,
 ) -> Trace:
     """As `router.simulate_replicas`, of replicas that die and come back.
+
+    Args:
+        source: as of `replica.simulate`.
+        routing: chooses a replica for every request, among those that live.
+        batching: decides every iteration; begins anew in each life.
+        limits: of each engine.
+        pace_of: how long iterations last.
+        failures: who dies and comes back.
+        num_replicas: behind the router.
+        one_by_one: ask the batching policy at every iteration.
+        schedules_ahead: as of `replica.simulate`.
+        log: of another run's router, whose instants and knowledge are taken over.
 
     Raises:
         ValueError: a policy breaks its rules, or leaves requests unserved.
@@ -166,14 +233,16 @@ def simulate_failures(  # noqa: PLR0913  what a deployment is made of
         router.answered(request_id, instant_s)
         feed.answered(request_id, instant_s)
 
-    def make(number: int) -> Replica:
+    def make(number: int, life: int) -> Replica:
         return Replica(
-            environment, batching, limits, paces[number], one_by_one=one_by_one,
+            environment, batching, limits, pace_of(number, life), one_by_one=one_by_one,
             schedules_ahead=schedules_ahead, finished=finished, number=number,
         )  # fmt: skip
 
-    router = FailoverRouter(environment, routing, make, len(paces))
+    router = FailoverRouter(environment, routing, make, num_replicas, log)
     router.plan(failures)
+    if log is not None:
+        environment.process(router.replay(log))
     feed.start(router.submit)
     environment.run()
     if router.unserved:

@@ -52,17 +52,18 @@ def plans(draw: st.DrawFn, *, closed: bool | None = None) -> Plan:
             found.append(Outage(replica, step_s * (at + draw(st.integers(1, 9))), float("inf")))
     found.sort(key=lambda one: (one.at_s, one.replica))
     detection_s = step_s * draw(st.sampled_from([0.25, 1.0, 3.0, 20.0]))
-    return Plan(case, count, Failures(found, detection_s))
+    return Plan(case, count, Failures.detected(found, detection_s))
 
 
 def run(
     plan: Plan, routing: Routing, batching: Batching = BATCHING, *,
     one_by_one: bool = False, schedules_ahead: bool = False,
 ) -> Trace:  # fmt: skip
+    pace = Costed(plan.case.cost)
     return simulate_failures(
         Source(plan.case.workload, 0, CONTEXT), routing, batching, plan.case.limits,
-        [Costed(plan.case.cost)] * plan.num_replicas, plan.failures, one_by_one=one_by_one,
-        schedules_ahead=schedules_ahead,
+        lambda number, life: pace, plan.failures, num_replicas=plan.num_replicas,
+        one_by_one=one_by_one, schedules_ahead=schedules_ahead,
     )  # fmt: skip
 
 
@@ -129,7 +130,7 @@ def test_without_a_death_nothing_changes(name: str, case: Case, count: int) -> N
     plain = simulate_replicas(
         Source(case.workload, 0, CONTEXT), RULES[name], BATCHING, case.limits, paces
     )
-    assert_equal_traces(plain, run(Plan(case, count, Failures([], 1.0)), RULES[name]))
+    assert_equal_traces(plain, run(Plan(case, count, Failures([], [])), RULES[name]))
 
 
 def test_the_random_deaths_do_hit_answers_in_the_middle() -> None:
