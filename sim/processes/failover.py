@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from math import inf
 from typing import Any, NamedTuple
 
 from simpy.events import Event
@@ -81,13 +82,18 @@ class FailoverRouter(Router):
         """Let replicas die and come back. Call it before anything else is planned.
 
         Faults then come before all else that happens at their instants: an iteration that would
-        end with the death of its replica is lost.
+        end with the death of its replica is lost. Deaths come first, and what waits is sent when
+        all that the router learns at an instant is known.
         """
-        for one, noticed_s in zip(*failures, strict=True):
+        for one in failures.outages:
             self._at(one.at_s, self.die, one.replica)
+        for one, noticed_s in zip(*failures, strict=True):
             self._at(noticed_s, self.notice, one.replica)
-            if one.until_s < float("inf"):
-                self._at(one.until_s, self.come_back, one.replica)
+        returns = [one for one in failures.outages if one.until_s < inf]
+        for one in returns:
+            self._at(one.until_s, self.come_back, one.replica)
+        for instant_s in (*failures.noticed_s, *(one.until_s for one in returns)):
+            self._at(instant_s, self._send_waiting)
 
     def submit(self, request: Request) -> None:
         """Route a request that has arrived, as soon as somebody lives."""
@@ -116,14 +122,12 @@ class FailoverRouter(Router):
         if self._known:
             self._learn(self._known.popleft())
         self.waiting.extend(self.state.lost(number))
-        self._send_waiting()
 
     def come_back(self, number: int) -> None:
         """A replica that died begins anew, with nothing, and the router knows at once."""
         self._dead.discard(number)
         self.lives[number].append(self._make(number, len(self.lives[number])))
         self.state.back(number)
-        self._send_waiting()
 
     def traces(self) -> list[Trace]:
         """One trace a replica; their recorders are emptied."""
@@ -140,6 +144,7 @@ class FailoverRouter(Router):
         rows = zip(log.requests, router.instants_s, router.delivered_s, router.known, strict=True)
         for request_id, instant_s, delivered_s, known in rows:
             yield environment.arrival(max(instant_s, environment.now))
+            yield environment.arrival(environment.now)  # behind who arrives at this very instant
             self._learn(known)
             known_here = request_id in self.waiting and request_id in self._requests
             if not (known_here and self.state.live):
@@ -187,10 +192,10 @@ class FailoverRouter(Router):
         else:
             replica.submit(request, self._tokens.get(request.request_id, 0))
 
-    def _at(self, instant_s: float, then: Callable[[int], Any], number: int) -> None:
+    def _at(self, instant_s: float, then: Callable[..., None], *numbers: int) -> None:
         def call(event: Event) -> None:
             del event
-            then(number)
+            then(*numbers)
 
         event = self.environment.arrival(instant_s)
         event.callbacks = [call]

@@ -116,8 +116,10 @@ class Replica:
     def serve(self) -> Generator[Event, Any, None]:
         """The main loop, from one decision to the next."""
         state, environment = self.state, self.environment
-        if self.pace.start_s > 0:
-            yield environment.boundary(self.pace.start_s)
+        # One that begins in mid-run sees who arrives at this very instant, as at any boundary.
+        start_s = max(self.pace.start_s, environment.now)
+        if start_s > 0:
+            yield environment.boundary(start_s)
         while True:
             self._see()
             if not state.waiting and not state.num_running:
