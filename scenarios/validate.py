@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ANSWERS = "validation.json"
 PICTURE = "timeline.png"
 TAKEN = (
-    "policy", "accept", "engine.prefix_caching", "num_replicas", "tp_size", "pp_size",
+    "policy", "accept", "engine.prefix_caching", "num_replicas", "tp_size", "pp_size", "faults",
 )  # fmt: skip
 """What the validation takes from the study; models, limits and loads are its own."""
 COLOURS = {
@@ -99,18 +99,18 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
     out = Path(options.out or Path("runs") / study / "validation")
     claim_folder(out, (ANSWERS, PICTURE), "validation")
     routings: dict[str, Routing] = {}
-    if last.num_replicas > 1:
+    if last.num_replicas > 1 or last.faults:
         routings = {name: composed("routing", name).policy.routing for name in names["routing"]}
     sizes = (last.tp_size, last.pp_size)
     if sizes != (1, 1) and (prefix_caching or routings):
         raise ValueError(
             f"tp_size={last.tp_size} and pp_size={last.pp_size} are validated for one replica "
-            "without a prefix cache; set engine.prefix_caching=false and num_replicas=1, or "
-            "validate one rank"
+            "without a prefix cache and without faults; set engine.prefix_caching=false, "
+            "num_replicas=1 and faults=[], or validate one rank"
         )
     return Plan(
         study, options, policies, accept, out, prefix_caching, last.num_replicas, routings, *sizes,
-        last.policy.instance_plan,
+        last.policy.instance_plan, tuple(last.faults),
     )  # fmt: skip
 
 

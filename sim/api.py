@@ -2,26 +2,19 @@
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 
 from sim.cost_shares import cost_shares
 from sim.costs.fitted import Fitted
-from sim.placement import place
+from sim.deployment import check_deployment, simulate_seed
 from sim.policies.instance_plan.base import phases
 from sim.policies.routing.prefix_aware import PrefixAware
 from sim.policies.routing.round_robin import RoundRobin
-from sim.processes.hand_over import simulate_hand_over
-from sim.processes.kv_moves import NetworkTransport
-from sim.processes.pace import Costed
-from sim.processes.replica import simulate
-from sim.processes.router import Engines, simulate_replicas
 from sim.provenance import provenance
 from sim.result import Result
 from sim.scenario import Scenario
 from sim.setup import Setup, check_workload, prepare
 from sim.summary import summarise
 from sim.trace import Trace
-from sim.workload.source import Source
 
 __all__ = ["check", "run"]
 
@@ -33,8 +26,7 @@ def check(scenario: Scenario) -> Setup:
         ValueError: what is wrong, with the value, the rule and the way out.
     """
     setup = prepare(scenario)
-    if _phases(scenario)[1]:
-        place(scenario)
+    check_deployment(scenario, setup)
     for text in _warnings(scenario, setup):
         warnings.warn(text, stacklevel=2)
     for seed in scenario.seeds:
@@ -56,7 +48,7 @@ def run(scenario: Scenario, seed_begins: Callable[[int], None] = lambda _: None)
     traces: list[Trace] = []
     for seed in scenario.seeds:
         seed_begins(seed)
-        traces.append(_simulate(scenario, setup, seed))
+        traces.append(simulate_seed(scenario, setup, seed))
     return Result(
         scenario=scenario,
         traces=tuple(traces),
@@ -76,7 +68,7 @@ def _warnings(scenario: Scenario, setup: Setup) -> list[str]:
             "cost=fitted, whose measurements contain the engine's overhead"
         )
     used = scenario.tp_size * scenario.pp_size
-    first, second = _phases(scenario)
+    first, second = phases(scenario.policy.instance_plan, scenario.num_replicas)
     uses = f"one replica uses {used}"
     if second:
         used *= scenario.num_replicas
@@ -105,26 +97,3 @@ def _warnings(scenario: Scenario, setup: Setup) -> list[str]:
             f"costed in full, an upper bound (engine.max_model_len={window} forbids them)"
         )
     return found
-
-
-def _simulate(scenario: Scenario, setup: Setup, seed: int) -> Trace:
-    source = Source(scenario.workload, seed, setup.max_model_tokens)
-    batching, pace = scenario.policy.batching, Costed(setup.cost)
-    ahead = scenario.engine.schedules_ahead
-    if scenario.num_replicas == 1:
-        return simulate(source, batching, setup.limits, pace, schedules_ahead=ahead)
-    engines = Engines(
-        batching=batching, limits=setup.limits, paces=[pace] * scenario.num_replicas,
-        schedules_ahead=ahead,
-    )  # fmt: skip
-    routing, plan = scenario.policy.routing, scenario.policy.instance_plan
-    if _phases(scenario)[1]:
-        transport = partial(NetworkTransport, placement=place(scenario))
-        return simulate_hand_over(
-            source, routing, plan, engines, transport, setup.kv_bytes_per_token
-        )
-    return simulate_replicas(source, routing, engines)
-
-
-def _phases(scenario: Scenario) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return phases(scenario.policy.instance_plan, scenario.num_replicas)
