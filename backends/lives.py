@@ -35,6 +35,9 @@ class Lives(Processes):
         for one in self._returns:
             made = self._start(spec, one.replica)
             self._standby.setdefault(one.replica, deque()).append(made)
+        self._killing = threading.Lock()
+        self._overdue: list[Outage] = []
+        """Deaths whose time came before the life that they are to end."""
         self._timers: list[threading.Timer] = []
         self._start_at = 0.0
 
@@ -63,13 +66,17 @@ class Lives(Processes):
             self._timers.append(timer)
 
     def _kill(self, outage: Outage) -> None:
-        self.killed[outage.replica] = time.perf_counter()
-        self._processes[outage.replica].kill()
+        with self._killing:
+            if outage.replica in self.killed:  # a busy machine: its next life has yet to join
+                self._overdue.append(outage)
+                return
+            self.killed[outage.replica] = time.perf_counter()
+            self._processes[outage.replica].kill()
 
     @property
     def next_back_s(self) -> float:
-        """When the next replica is to come back; infinite: none is."""
-        return self._returns[0].until_s if self._returns else inf
+        """When the next dead replica is to come back; infinite: none is."""
+        return min((one.until_s for one in self._returns if one.replica in self.dead), default=inf)
 
     def due_back(self, now_s: float) -> list[int]:
         """Dead replicas that are to come back by now; one whose death is not noticed waits."""
@@ -81,12 +88,17 @@ class Lives(Processes):
         """Put a replacement, which is loaded and warm, in the place of a dead replica."""
         self._connections[number].close()
         self._processes[number].join()
-        self._connections[number], self._processes[number] = self._standby[number].popleft()
+        with self._killing:
+            self._connections[number], self._processes[number] = self._standby[number].popleft()
+            self.killed.pop(number, None)
+            overdue = [one for one in self._overdue if one.replica == number]
+            self._overdue = [one for one in self._overdue if one.replica != number]
         self._heard[number] = time.monotonic()
         self._sent[number], self._idle[number] = 0, -1
-        self.killed.pop(number, None)
         self.dead.discard(number)
         self.send(number, "start", self._start_at)
+        for one in overdue:
+            self._kill(one)
 
     def hear(self, timeout_s: float) -> list[tuple[int, str, Any]]:
         """Messages of live replicas, and `died` for one that is gone, in order.

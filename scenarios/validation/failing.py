@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from backends.failover import FailoverRun, serve_failover
 from backends.router import ReplicaSpec, RoutedRun
-from backends.serving import open_model, serve
+from backends.serving import open_model, serve, use_one_thread
 from scenarios.validation.decisions import (
     CACHING,
     CONTEXT,
@@ -67,6 +67,7 @@ def run_both_failing(case: RoutedCase, faults: Sequence[Fault]) -> FailingPanels
     )  # fmt: skip
     real = serve_failover(spec, source, case.routing, case.num_replicas)
     simulated = replay_failing(real, source, case, limits)
+    use_one_thread()
     alone = serve(
         open_model("random", case.device)[1], Source(_load(case), case.seed, CONTEXT),
         case.batching, limits, seed=case.seed,

@@ -166,6 +166,17 @@ def test_a_replica_that_dies_or_falls_silent_by_itself_is_replaced_by_the_others
     assert not any(process.is_alive() for process in processes._processes)
 
 
+def test_a_death_whose_time_comes_before_the_return_waits_for_it(monkeypatch):
+    # A machine so busy that nobody comes back on time.
+    on_time = Lives.due_back
+    monkeypatch.setattr(Lives, "due_back", lambda self, now_s: on_time(self, now_s - 0.4))
+    faults = spec(dead(0, 0.2, 0.4), dead(0, 0.5, 0.7))
+    run = serve_failover(faults, load(), policies("routing")["round_robin"](), 1)
+    assert [one.replica for one in run.deaths] == [0, 0]
+    assert len(run.lives[0]) == 3
+    assert run.answers == alone(load())
+
+
 def test_when_nobody_is_left_the_run_ends_and_says_so():
     with Lives(spec(), 1) as processes:
         processes.await_ready()

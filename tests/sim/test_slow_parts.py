@@ -1,5 +1,6 @@
 """Slow parts of a replica: by the factor, from the instant on, and whatever waits for them."""
 
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -28,6 +29,7 @@ from sim.processes.pace import Costed
 from sim.processes.replica import simulate
 from sim.processes.router import Engines, simulate_replicas
 from sim.processes.slowed import Slowed, slowed_paces, split_of
+from sim.result import Result
 from sim.scenario import Model, Policies, Scenario
 from sim.setup import prepare
 from sim.slowness import Apart, SlowTimes
@@ -177,3 +179,27 @@ def test_a_fault_after_the_last_answer_warns_that_nothing_came_of_it() -> None:
 
 def test_grid_costs_are_not_told_apart() -> None:
     assert split_of(Grid(0.5))(3, 1) == Apart()
+
+
+def test_several_ranks_with_slow_parts_a_stopped_link_and_a_death_answer_all() -> None:
+    def outcome(*faults: Fault) -> Result:
+        scenario = Scenario(
+            model=Model(name="llama_3_8b"), node=load_node("h100_sxm_x8"), tp_size=2, pp_size=2,
+            num_replicas=2, faults=list(faults), detection_s=0.5,
+            workload=Poisson(rate_per_s=8.0, num_requests=60, input_tokens=256, output_tokens=64),
+        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the node's GPUs that one replica does not use
+            return run(scenario)
+
+    dead = Fault(part=Part.gpu, kind=Kind.dead, gpu=3, at_s=4.0, until_s=5.0)
+    faults = (slow(2.0, 1.0, 3.0, part=Part.gpu, gpu=2), stopped(2.0, 2.5), dead)
+    sound, faulty = outcome(), outcome(*faults)
+    assert faulty["num_requests"] == sound["num_requests"] == 60
+    assert faulty["num_rerouted"] > 0 == sound["num_rerouted"]
+    assert faulty["e2e_p99_s"] > sound["e2e_p99_s"]
+    # Nothing that must cross the link ends while it stands still.
+    rows = faulty.trace.iterations
+    ends_s = rows["end_s"][rows["replica"] == 0]
+    assert not ((ends_s > 2.0) & (ends_s < 2.5)).any()
+    assert ((ends_s > 1.5) & (ends_s < 2.0)).any()
