@@ -223,7 +223,7 @@ class _Instance:
         spec, inbox = self._spec, self._inbox
         self._tally.clear()
         if isinstance(self._mover, Sender):
-            side = PrefillSide(inbox, self._mover)
+            side = PrefillSide(inbox, self._mover, spec.plan)
         else:
             side = DecodeSide(inbox, self._mover, spec.plan)
         replica = self._replica(side)

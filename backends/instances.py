@@ -33,15 +33,17 @@ class PrefillSide:
 
     passes_on = True
 
-    def __init__(self, inbox: Inbox, sender: Sender) -> None:
-        self._inbox, self._sender = inbox, sender
+    def __init__(self, inbox: Inbox, sender: Sender, plan: InstancePlan) -> None:
+        self._inbox, self._sender, self._plan = inbox, sender, plan
         self._held: set[int] = set()
         self.moves: dict[str, dict[int, float]] = {"released_s": {}}
         """When what was seen, by column of `HAND_OVERS` and request."""
         inbox.expects_more = lambda: inbox.has_ended and bool(self._held)
 
     def require_served(self) -> None:
-        """What waits here to be fetched is for others to answer for."""
+        """Refuse a plan that left here what others should have fetched."""
+        if self._held:
+            raise ValueError(unfetched_text(self._plan, len(self._held)))
 
     def settle(self, replica: Replica, now_s: float) -> None:
         """Free the blocks of requests that were fetched."""

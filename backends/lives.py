@@ -153,7 +153,7 @@ class Lives(Processes):
             self.hear(1.0)
             if number in self.dead:
                 raise RuntimeError(self._lost(number, "has died"))
-        return self._results.pop(number)
+        return self._results[number]
 
     def _bury(self, number: int, found: list[tuple[int, str, Any]]) -> None:
         self.dead.add(number)

@@ -213,7 +213,8 @@ def _serve(
         work(inbox, number, spec)
         inbox.end()
     except ValueError as error:
-        inbox.send("refused", str(error))
+        with suppress(BrokenPipeError):
+            inbox.send("refused", str(error))
     except (BrokenPipeError, EOFError):
         return  # the router is gone, and with it whoever would read this
     except Exception:

@@ -125,7 +125,7 @@ def test_a_request_that_the_pool_cannot_hold_is_refused() -> None:
 def test_hardware_must_be_named_once() -> None:
     with pytest.raises(ValueError, match=r"neither node nor gpu is given"):
         prepare(scenario(gpu=None))
-    with pytest.raises(ValueError, match=r"node=a100_80g_x1 and gpu=a100_80g are both given"):
+    with pytest.raises(ValueError, match=r"node=a100_80g_x1 and gpu=a100_80g are given together"):
         scenario(node=load_node("a100_80g_x1"))
 
 
