@@ -85,9 +85,14 @@ def test_a_router_that_forgets_the_tokens_it_handed_out_is_caught(monkeypatch):
         send(self, number, kind, (content[0], []) if kind == "request" else content)
 
     monkeypatch.setattr(Lives, "send", forgetful)
-    lines = failing_lines("round_robin", case("round_robin"), FAULTS[1:2], ARCHITECTURE)
-    missed = [line.metric for line in lines if line.verdict is Verdict.missed]
-    assert any("answered twice" in metric for metric in missed), lines
+    missed: list[str] = []
+    for seed in range(4):  # until a death strikes in the middle of an answer
+        found = case("round_robin", seed=seed)
+        lines = failing_lines("round_robin", found, FAULTS[1:2], ARCHITECTURE)
+        missed += [line.metric for line in lines if line.verdict is Verdict.missed]
+        if missed:
+            break
+    assert any("answered twice" in metric for metric in missed)
 
 
 def test_a_simulated_router_that_sends_to_the_dead_is_caught(monkeypatch):
