@@ -6,13 +6,15 @@ from functools import partial
 
 from sim.cost_shares import cost_shares
 from sim.costs.fitted import Fitted
+from sim.models.split import stage_layers
 from sim.placement import place
 from sim.policies.instance_plan.base import phases
 from sim.policies.routing.prefix_aware import PrefixAware
 from sim.policies.routing.round_robin import RoundRobin
 from sim.processes.hand_over import simulate_hand_over
 from sim.processes.kv_moves import NetworkTransport
-from sim.processes.pace import Costed
+from sim.processes.pace import Costed, Pace
+from sim.processes.pipeline import Pipeline, lanes_of
 from sim.processes.replica import simulate
 from sim.processes.router import Engines, simulate_replicas
 from sim.provenance import provenance
@@ -87,7 +89,13 @@ def _warnings(scenario: Scenario, setup: Setup) -> list[str]:
             "the others cost nothing here and do nothing"
         )
     routing = scenario.policy.routing
-    if len(first) == 1 and type(routing) is not RoundRobin:
+    if second and scenario.pp_size > 1 and scenario.engine.batches_in_flight is None:
+        found.append(
+            "instances that move KV keep one batch in flight, and their "
+            f"pp_size={scenario.pp_size} stages wait for each other; "
+            "engine.batches_in_flight=1 says that this is meant"
+        )
+    if len(first) * setup.lanes == 1 and type(routing) is not RoundRobin:
         what = f"num_prefill={len(first)}" if second else "num_replicas=1"
         found.append(
             f"policy/routing {type(routing).__name__} has no effect with {what}; "
@@ -109,13 +117,12 @@ def _warnings(scenario: Scenario, setup: Setup) -> list[str]:
 
 def _simulate(scenario: Scenario, setup: Setup, seed: int) -> Trace:
     source = Source(scenario.workload, seed, setup.max_model_tokens)
-    batching, pace = scenario.policy.batching, Costed(setup.cost)
+    batching, paces = scenario.policy.batching, _paces(scenario, setup)
     ahead = scenario.engine.schedules_ahead
-    if scenario.num_replicas == 1:
-        return simulate(source, batching, setup.limits, pace, schedules_ahead=ahead)
+    if len(paces) == 1:
+        return simulate(source, batching, setup.limits, paces[0], schedules_ahead=ahead)
     engines = Engines(
-        batching=batching, limits=setup.limits, paces=[pace] * scenario.num_replicas,
-        schedules_ahead=ahead,
+        batching=batching, limits=setup.limits, paces=paces, schedules_ahead=ahead
     )  # fmt: skip
     routing, plan = scenario.policy.routing, scenario.policy.instance_plan
     if _phases(scenario)[1]:
@@ -124,6 +131,16 @@ def _simulate(scenario: Scenario, setup: Setup, seed: int) -> Trace:
             source, routing, plan, engines, transport, setup.kv_bytes_per_token
         )
     return simulate_replicas(source, routing, engines)
+
+
+def _paces(scenario: Scenario, setup: Setup) -> list[Pace]:
+    """One a lane of every replica; the lanes of a replica share its stages."""
+    if setup.lanes == 1:
+        return [Costed(setup.cost)] * scenario.num_replicas
+    stages = stage_layers(setup.architecture.num_layers, scenario.pp_size)
+    layers = [len(stage) for stage in stages]
+    pipelines = [Pipeline(setup.cost, layers) for _ in range(scenario.num_replicas)]
+    return [*lanes_of(pipelines, setup.lanes)]
 
 
 def _phases(scenario: Scenario) -> tuple[tuple[int, ...], tuple[int, ...]]:

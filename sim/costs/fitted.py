@@ -47,6 +47,10 @@ class Fitted:
             return [fixed + context * context_s for context in contexts]
         return (fixed + np.arange(decode_context, stop, num_decodes) * context_s).tolist()
 
+    def sampled_s(self, positions: int) -> float:
+        """Of these, the seconds of the lm_head and sampling."""
+        return interpolate(self.fit.head_tokens, self.fit.head_s, positions)
+
     def measured_iterations(self, decisions: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
         """How many of a decision's iterations are no larger than what was measured; the first ones.
 

@@ -148,7 +148,10 @@ class Replica:
         if self.pace.start_s is not None:
             yield environment.decision(self.pace.start_s)
         while True:
-            if (instant_s := self.pace.decides_s(environment.now)) > environment.now:
+            if self.pace.takes_turns:
+                yield environment.decision(environment.now)  # after those who waited for it
+            # Asked again: another may have taken what this one waited for.
+            while (instant_s := self.pace.decides_s(environment.now)) > environment.now:
                 yield environment.decision(instant_s)
             self._see()
             if not state.waiting and not state.num_running:
