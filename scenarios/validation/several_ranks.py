@@ -10,7 +10,6 @@ from backends.kv_cache import Corruption
 from backends.parallel import Driver
 from backends.parallel_serving import (
     ParallelRun,
-    architecture_of,
     open_stage,
     serve_parallel,
 )
@@ -156,7 +155,7 @@ def _exact_lines(name: str, batching: Batching, options: Options, ranks: Ranks) 
         seed=options.seed, max_model_tokens=decisions.CONTEXT,
         corruption=None if fault is Fault.none else Corruption(kind=fault.value, index=at[fault]),
     )  # fmt: skip
-    return parallel_lines(name, run, architecture_of(run))
+    return parallel_lines(name, run)
 
 
 class _Numbers:
