@@ -89,10 +89,9 @@ class Jittered(AtOnce):
     one.
     """
 
-    def __init__(self, cost: IterationCost, ratios: Sequence[float], seed: int) -> None:
-        """Take equally likely ratios of an iteration's seconds to their mean; empty: none."""
+    def __init__(self, cost: IterationCost, jitter: "Jitter") -> None:
         self._cost = cost
-        self._ratio = Jitter(ratios, seed).ratio
+        self._ratio = jitter.ratio
 
     def iteration(self, now_s: float, shape: IterationShape) -> list[float]:
         """`[now_s, end]` of one iteration."""
