@@ -179,7 +179,9 @@ def timed_runs(
     task = progress.add_task("time", total=1 + sizes.repeats * len(names))
     costs = _Costs(plan, transformer, model)
     progress.advance(task)
-    rate = plan.options.load * timing.capacity_per_s(plan.policies.values(), costs.cost(), panels)
+    rate = plan.options.load * timing.capacity_per_s(
+        plan.policies.values(), panels.beside(costs.cost(), plan.policies[names[0]]), panels
+    )
     requests = timing.workload(rate, sizes.time_requests)
 
     def source() -> Source:
@@ -194,7 +196,7 @@ def timed_runs(
             measured[name].append(panels.serve(source(), plan.policies[name], seed))
             costs.refresh(part, len(names))
             progress.advance(task)
-        spent.append(costs.cost(repeat))
+        spent.append(panels.beside(costs.cost(repeat), plan.policies[names[first]]))
     costs.keep()
     jitter = costs.jitter()
     runs = {

@@ -1,7 +1,7 @@
 """Question 4 for several batches in flight: the ranks time one batch alone, and serve several.
 
-The simulated stages share an iteration's seconds out by layers; what is not known from one batch
-alone, such as how much ranks slow each other down when all compute, shows in the lines.
+The simulated stages share an iteration's seconds out by layers. How much ranks of one machine slow
+each other down when all compute is measured between the runs, on requests of other lengths.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from scenarios.validation import timing
 from scenarios.validation.intervals import Floats, two_stage
 from scenarios.validation.timing import Runs
 from scenarios.validation.verdict import Line, Verdict
-from sim.costs.base import StagedCost
+from sim.costs.fitted import Fitted
 from sim.lanes import lane_limits
 from sim.models.architecture import Architecture
 from sim.models.split import stage_layers
@@ -27,7 +27,11 @@ from sim.processes.pace import Jitter
 from sim.processes.pipeline import Pipeline, lanes_of
 from sim.processes.router import Engines, simulate_replicas
 from sim.trace import Trace
+from sim.workload.recorded import Recorded
 from sim.workload.source import Source
+
+FULL_REQUESTS, FULL_PROMPT_TOKENS, FULL_OUTPUT_TOKENS = 16, 20, 8
+"""Requests that are there from the start, and keep all lanes full."""
 
 
 class LanePanels(NamedTuple):
@@ -51,8 +55,22 @@ class LanePanels(NamedTuple):
             self.driver, source, batching, limits, self.run.routing, lanes, seed=seed
         ).trace
 
+    def beside(self, cost: Fitted, batching: Batching) -> Fitted:
+        """The cost with how much stages slow each other down: measured over predicted, the median.
+
+        Of the iterations of full lanes, each predicted from the instant at which it began.
+        """
+        full = Recorded(
+            arrival_s=[0.0] * FULL_REQUESTS, prompt_tokens=[FULL_PROMPT_TOKENS] * FULL_REQUESTS,
+            output_tokens=[FULL_OUTPUT_TOKENS] * FULL_REQUESTS,
+        )  # fmt: skip
+        trace = self.serve(Source(full, 0, timing.CONTEXT), batching, 0)
+        predicted, measured, alone = durations(trace, Pipeline(cost, self.layers))
+        ratio = float(np.median((measured / predicted)[~alone]))
+        return Fitted(cost.fit, max(ratio, 1.0))
+
     def predict(
-        self, source: Source, batching: Batching, cost: StagedCost, jitter: Jitter | None = None
+        self, source: Source, batching: Batching, cost: Fitted, jitter: Jitter | None = None
     ) -> Trace:
         """The simulated panel."""
         lanes, limits = self.run.lanes, lane_limits(timing.LIMITS, self.run.lanes)
@@ -61,7 +79,7 @@ class LanePanels(NamedTuple):
         return simulate_replicas(source, self.run.routing, engines)
 
     def iteration_lines(
-        self, runs: Mapping[str, Runs], costs: Sequence[StagedCost], seed: int
+        self, runs: Mapping[str, Runs], costs: Sequence[Fitted], seed: int
     ) -> list[Line]:
         """Median error of an iteration's duration, of those alone in the stages and of others."""
         lines: list[Line] = []
@@ -76,7 +94,12 @@ class LanePanels(NamedTuple):
                 ]
                 if sides:
                     lines.append(_line(f"{name}: iteration {what}, median error", sides, seed))
-        return lines
+        slow_down = float(np.median([cost.slow_down for cost in costs]))
+        line = Line(
+            question="time", metric="stages that compute at once take longer by", simulated="",
+            measured=f"{slow_down - 1:.1%}", error=None, verdict=Verdict.reported,
+        )  # fmt: skip
+        return [line, *lines]
 
 
 def durations(trace: Trace, pipeline: Pipeline) -> tuple[Floats, Floats, NDArray[np.bool_]]:

@@ -68,6 +68,10 @@ class Panels(Protocol):
         """The real one."""
         ...
 
+    def beside(self, cost: Fitted, batching: Batching) -> Fitted:
+        """The cost with what only shows where several batches are in flight."""
+        ...
+
     def predict(
         self, source: Source, batching: Batching, cost: Fitted, jitter: Jitter | None = None
     ) -> Trace:
@@ -83,6 +87,11 @@ class OneBatch(NamedTuple):
     def serve(self, source: Source, batching: Batching, seed: int) -> Trace:
         """The real one."""
         return serve(self.model, source, batching, LIMITS, seed=seed).trace
+
+    def beside(self, cost: Fitted, batching: Batching) -> Fitted:
+        """The cost: nothing runs beside the batch."""
+        del batching
+        return cost
 
     def predict(
         self, source: Source, batching: Batching, cost: Fitted, jitter: Jitter | None = None

@@ -31,6 +31,11 @@ class IterationCost(Protocol):
 class StagedCost(IterationCost, Protocol):
     """A cost that knows what the last of several pipeline stages does beside its layers."""
 
+    @property
+    def slow_down(self) -> float:
+        """How many times as long a stage takes while others compute; 1 where they share nothing."""
+        ...
+
     def sampled_s(self, positions: int) -> float:
         """Of an iteration's seconds, those of the lm_head and sampling for so many positions."""
         ...

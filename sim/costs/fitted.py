@@ -21,8 +21,14 @@ from sim.models.work import IterationShape
 class Fitted:
     """The cost of one model on one calibrated machine."""
 
-    def __init__(self, fit: FittedIteration) -> None:
-        self.fit = fit
+    def __init__(self, fit: FittedIteration, slow_down: float = 1.0) -> None:
+        """Take over a fit of iterations alone on the machine.
+
+        Args:
+            fit: the coefficients.
+            slow_down: how many times as long pipeline stages take that compute at the same time.
+        """
+        self.fit, self.slow_down = fit, slow_down
         coefficients = fit.coefficients
         self._pair_s = coefficients["prefill_pair_s"]
         self._prefill_s = coefficients["prefill_s"]

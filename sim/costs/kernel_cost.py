@@ -42,7 +42,10 @@ def no_communication(tokens: int, sampled: int) -> Seconds:
 
 
 class KernelCost:
-    """An `IterationCost` from kernels, collectives and what an engine adds."""
+    """A `StagedCost` from kernels, collectives and what an engine adds."""
+
+    slow_down = 1.0
+    """Every stage has devices of its own."""
 
     def __init__(
         self,

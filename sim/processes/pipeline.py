@@ -42,8 +42,13 @@ class Pipeline:
         return seconds
 
     def enter(self, now_s: float, shape: IterationShape) -> float:
-        """Let a batch pass through the stages; when the last one has computed it."""
+        """Let a batch pass through the stages; when the last one has computed it.
+
+        It takes longer where it finds another one in them and stages slow each other down.
+        """
         ratio = 1.0 if self._jitter is None else self._jitter.ratio(now_s)
+        if max(self.free_s) > now_s:
+            ratio *= self._cost.slow_down
         at_s = now_s
         for stage, seconds in enumerate(self.stage_seconds(shape)):
             at_s = max(at_s, self.free_s[stage]) + seconds * ratio

@@ -42,8 +42,8 @@ from sim.workload.source import Source
 class Fixed:
     """An iteration takes so long, of which the last stage has so much to itself."""
 
-    def __init__(self, seconds: float = 1.0, sampled: float = 0.0) -> None:
-        self.seconds, self.sampled = seconds, sampled
+    def __init__(self, seconds: float = 1.0, sampled: float = 0.0, slow_down: float = 1.0) -> None:
+        self.seconds, self.sampled, self.slow_down = seconds, sampled, slow_down
 
     def iteration_s(self, shape: IterationShape) -> float:
         del shape
@@ -108,6 +108,13 @@ def test_throughput_never_exceeds_what_the_slowest_stage_allows(lanes: int, samp
     assert trace.num_iterations * slowest_s <= span_s * (1 + 1e-9)
     if lanes == 3:  # and with a batch a stage the slowest one is never idle but at the ends
         assert span_s == pytest.approx(trace.num_iterations * slowest_s, abs=1.0)
+
+
+def test_stages_that_slow_each_other_down_do_so_only_beside_another_batch() -> None:
+    pipeline, shape = Pipeline(Fixed(1.0, slow_down=1.5), [1, 1]), decode_shape(1, 1)
+    assert pipeline.enter(0.0, shape) == 1.0  # alone
+    assert pipeline.enter(0.5, shape) == 0.5 + 2 * 0.75
+    assert pipeline.enter(2.0, shape) == 3.0
 
 
 @st.composite
