@@ -113,6 +113,20 @@ def test_a_slow_link_changes_no_token(alone):
     assert serve_parallel(run_of(link=link)).served.answers == alone[0].answers
 
 
+def test_a_second_batch_uses_the_time_in_which_the_first_is_on_its_way():
+    """Nearly all the time goes to deliveries, so that a busy machine changes little."""
+    link, one = EmulatedLink(latency_s=0.03, bandwidth_bytes_per_s=1e9), ReplicaLimits(4, 64, 16, 8)
+    batching = policies("batching")["continuous"]()
+    spans_s = {
+        lanes: serve_parallel(
+            run_of(link=link, limits=parallel.scaled(one, lanes), batches_in_flight=lanes,
+                   batching=batching)
+        ).served.trace.iterations["end_s"].max()
+        for lanes in (1, 2)
+    }  # fmt: skip
+    assert 1.5 < spans_s[1] / spans_s[2] < 2.3
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
