@@ -102,7 +102,7 @@ class Inbox:
             self._num_sent += 1
             seen_s = time.perf_counter() - start
             if kind == "request":
-                request = Request(*content)
+                request = self.received(content)
                 self.delivered_s[request.request_id] = seen_s
                 requests.append(request)
             else:
@@ -116,6 +116,13 @@ class Inbox:
         """What else had come in by the instant that `due` gave last."""
         taken, self._events = self._events, []
         return taken
+
+    def received(self, content: Any) -> Request:
+        """The request of a message."""
+        return Request(*content)
+
+    def attach(self, replica: Any, spec: Any) -> None:
+        """Learn who is served, before `begin`. Here nothing follows from it."""
 
     def wait(self, start: float) -> bool:
         """Wait for a message; False when the router has said that none will come.

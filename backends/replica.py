@@ -88,6 +88,7 @@ class Replica:
         """Token ids of every finished answer."""
         self._memory = batching.init()
         self._exchange = exchange
+        self._resumed: dict[int, list[int]] = {}
         self._known: dict[int, Sequence] = {}
         self._seated: dict[int, Sequence] = {}
         self._decoding: list[int] = []
@@ -137,8 +138,20 @@ class Replica:
         sequence = Sequence(request, list(self.prompts(request)))
         if self.limits.prefix_caching:
             sequence.hashes = block_hashes(sequence.tokens, self.limits.block_size)
+        sequence.tokens += self._resumed.pop(request.request_id, ())
         self._known[request.request_id] = sequence
-        self.waiting.append(request.view())
+        self.waiting.append(request.view(sequence.generated))
+
+    def resume(self, request_id: int, tokens: list[int]) -> None:
+        """Let a request that is to come go on after tokens that a replica that died handed out."""
+        self._resumed[request_id] = tokens
+
+    def answers_so_far(self) -> dict[int, list[int]]:
+        """Token ids of the answers of all running requests."""
+        return {
+            request_id: sequence.tokens[sequence.request.prompt_tokens :]
+            for request_id, sequence in self._seated.items()
+        }
 
     @property
     def num_running(self) -> int:

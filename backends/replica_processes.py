@@ -11,12 +11,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from backends.corruption import Corruption
 from backends.inbox import Inbox
 from backends.serving import use_one_thread
 from sim.engine import ReplicaLimits
+from sim.faults import Fault
 from sim.policies.batching.base import Batching
 from sim.policies.registry import load_file, user_files
 
@@ -39,6 +40,8 @@ class ReplicaSpec:
     """Of the prompts' tokens."""
     corruption: Corruption | None = None
     """A fault to put into the KV cache of replica 0."""
+    faults: tuple[Fault, ...] = ()
+    """What is slow, for `backends.failover`, whose router kills as well."""
 
 
 Work = Callable[[Inbox, int, ReplicaSpec], None]
@@ -58,6 +61,9 @@ class Report(NamedTuple):
 class Processes:
     """The replica processes, their connections, and when each was heard of last."""
 
+    inbox: type[Inbox] = Inbox
+    """What a process takes its requests from."""
+
     def __init__(self, spec: ReplicaSpec, count: int, work: Work) -> None:
         """Start them.
 
@@ -74,20 +80,24 @@ class Processes:
         self._sent = [0] * count
         self._idle = [-1] * count
         """What a replica had been sent of requests when it last ran out of work."""
-        context = multiprocessing.get_context("spawn")
-        files = [str(path) for path in user_files()]
+        self._work = work
         for number in range(count):
-            near, far = context.Pipe()
-            content = pickle.dumps(spec)
-            process = context.Process(
-                target=_serve, args=(far, number, files, content, work), daemon=True
-            )
-            process.start()
-            far.close()
+            near, process = self._start(spec, number)
             self._connections.append(near)
             self._processes.append(process)
 
-    def __enter__(self) -> Processes:
+    def _start(self, spec: ReplicaSpec, number: int) -> tuple[Connection, Any]:
+        """Start a process that loads and warms up."""
+        context = multiprocessing.get_context("spawn")
+        near, far = context.Pipe()
+        files = [str(path) for path in user_files()]
+        arguments = (far, number, files, pickle.dumps(spec), self._work, self.inbox)
+        process = context.Process(target=_serve, args=arguments, daemon=True)
+        process.start()
+        far.close()
+        return near, process
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -190,10 +200,11 @@ class Processes:
 
 
 def _serve(
-    connection: Connection, number: int, files: Sequence[str], content: bytes, work: Work
-) -> None:
+    connection: Connection, number: int, files: Sequence[str], content: bytes, work: Work,
+    kind: type[Inbox],
+) -> None:  # fmt: skip
     """A replica process: load, warm up, serve what comes, send what happened."""
-    inbox = Inbox(connection)
+    inbox = kind(connection)
     try:
         for name in files:
             load_file(Path(name))

@@ -80,7 +80,6 @@ def serve_routed(
         router = Router(processes, routing, spec.limits, range(num_replicas))
         router.run(source)
         done = [processes.result(number) for number in range(num_replicas)]
-        processes.send_all("stop", None)
     return together(done, router.recorder)
 
 
@@ -204,11 +203,14 @@ def serve_once(inbox: Inbox, number: int, spec: ReplicaSpec) -> None:
         transformer, spec.batching, spec.limits, seed=spec.seed, corruption=corruption,
         number=number,
     )  # fmt: skip
+    inbox.attach(replica, spec)
     start = inbox.begin()
     assert start is not None
     with without_collections():
         trace = replica.run(inbox, start)
     inbox.send("result", finished(replica, trace, inbox.delivered_s))
+    inbox.end()
+    inbox.await_close()  # whoever waits for another replica's result must not miss this one
 
 
 def finished(

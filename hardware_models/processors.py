@@ -25,6 +25,8 @@ class GpuPeak:
     """Last-level cache, bytes; None where not published."""
     sm_count: int | None = None
     """Streaming multiprocessors (no unit); None where not published."""
+    boost_clock_hz: float | None = None
+    """Their clock at the published rates, Hz; None where not published."""
     inline_ecc: bool = False
     """Error correction is kept in the memory itself, as GDDR6 cards of data centres do: one
     sixteenth less is left."""
@@ -34,8 +36,9 @@ class GpuPeak:
     def __post_init__(self) -> None:
         require_rates(self, self.flops_per_s)
         require_positive(
-            self, "memory_bytes", "memory_bandwidth_bytes_per_s", "l2_bytes", "sm_count"
-        )
+            self, "memory_bytes", "memory_bandwidth_bytes_per_s", "l2_bytes", "sm_count",
+            "boost_clock_hz",
+        )  # fmt: skip
         require_text(self, "source")
 
 

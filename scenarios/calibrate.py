@@ -33,7 +33,8 @@ CUDA_NAMES = {
     "A100-SXM4-80GB": "a100_80g", "A800-SXM4-80GB": "a800_80g", "H100 80GB HBM3": "h100_sxm",
     "H800": "h800_sxm", "H200": "h200", "H20": "h20", "A10G": "a10g", "L40S": "l40s",
     "L20": "l20", "A40": "a40", "GeForce RTX 4090": "rtx_4090",
-    "RTX PRO 6000 Blackwell Workstation Edition": "rtx_pro_6000",
+    "RTX PRO 6000 Blackwell Server Edition": "rtx_pro_6000",
+    "RTX PRO 6000 Blackwell Workstation Edition": "rtx_pro_6000_workstation",
 }  # fmt: skip
 """Parts by the name that CUDA gives the device, without its maker. Whole names only: an RTX A4000
 is no A40, and an H100 PCIe is no H100 SXM."""

@@ -27,12 +27,17 @@ OTHERS = {
     "kv_bytes_moved": "KV moved between instances",
     "flops_utilisation": "of peak FLOP/s",
     "num_preemptions": "pre-emptions",
+    "num_rerouted": "requests sent again after a death",
+    "rerouted_tokens": "their tokens, prompt and answer so far",
     "usd_per_hour": "price of the GPUs per hour",
     "usd_per_million_output_tokens": "price per 1 M output tokens",
     "joules_per_output_token_at_power_limit": "energy per output token at the power limit",
     "duration_s": "simulated time",
 }
 """What a run's table shows besides latencies."""
+
+ONLY_AFTER_DEATHS = ("num_rerouted", "rerouted_tokens")
+"""Left out where they are zero."""
 
 
 def console(*, errors: bool = False) -> Console:
@@ -127,6 +132,8 @@ def other_table(figures: Mapping[str, Figure]) -> Table:
     table = grid(None, "", "")
     table.show_header = False
     for name, label in OTHERS.items():
+        if name in ONLY_AFTER_DEATHS and not figures[name].mean:
+            continue
         if not math.isnan(figures[name].mean):
             table.add_row(label, with_interval(name, figures[name]))
     return table

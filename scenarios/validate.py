@@ -29,7 +29,7 @@ ANSWERS = "validation.json"
 PICTURE = "timeline.png"
 TAKEN = (
     "policy", "accept", "engine.prefix_caching", "engine.batches_in_flight", "num_replicas",
-    "tp_size", "pp_size",
+    "tp_size", "pp_size", "faults",
 )  # fmt: skip
 """What the validation takes from the study; models, limits and loads are its own."""
 COLOURS = {
@@ -102,18 +102,18 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
     claim_folder(out, (ANSWERS, PICTURE), "validation")
     routings: dict[str, Routing] = {}
     lanes = lanes_of_replica(last)
-    if last.num_replicas * lanes > 1:
+    if last.num_replicas * lanes > 1 or last.faults:
         routings = {name: composed("routing", name).policy.routing for name in names["routing"]}
     sizes = (last.tp_size, last.pp_size)
-    if sizes != (1, 1) and (prefix_caching or last.num_replicas > 1):
+    if sizes != (1, 1) and (prefix_caching or last.num_replicas > 1 or last.faults):
         raise ValueError(
             f"tp_size={last.tp_size} and pp_size={last.pp_size} are validated for one replica "
-            "without a prefix cache; set engine.prefix_caching=false and num_replicas=1, or "
-            "validate one rank"
+            "without a prefix cache and without faults; set engine.prefix_caching=false, "
+            "num_replicas=1 and faults=[], or validate one rank"
         )
     return Plan(
         study, options, policies, accept, out, prefix_caching, last.num_replicas, routings, *sizes,
-        last.policy.instance_plan, lanes,
+        last.policy.instance_plan, tuple(last.faults), lanes,
     )  # fmt: skip
 
 

@@ -2,28 +2,19 @@
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 
 from sim.cost_shares import cost_shares
 from sim.costs.fitted import Fitted
-from sim.models.split import stage_layers
-from sim.placement import place
+from sim.deployment import check_deployment, simulate_seed
 from sim.policies.instance_plan.base import phases
 from sim.policies.routing.prefix_aware import PrefixAware
 from sim.policies.routing.round_robin import RoundRobin
-from sim.processes.hand_over import simulate_hand_over
-from sim.processes.kv_moves import NetworkTransport
-from sim.processes.pace import Costed, Pace
-from sim.processes.pipeline import Pipeline, lanes_of
-from sim.processes.replica import simulate
-from sim.processes.router import Engines, simulate_replicas
 from sim.provenance import provenance
 from sim.result import Result
 from sim.scenario import Scenario
-from sim.setup import Setup, check_workload, prepare
+from sim.setup import Setup, check_workload, one_batch_for, prepare
 from sim.summary import summarise
 from sim.trace import Trace
-from sim.workload.source import Source
 
 __all__ = ["check", "run"]
 
@@ -35,8 +26,7 @@ def check(scenario: Scenario) -> Setup:
         ValueError: what is wrong, with the value, the rule and the way out.
     """
     setup = prepare(scenario)
-    if _phases(scenario)[1]:
-        place(scenario)
+    check_deployment(scenario, setup)
     for text in _warnings(scenario, setup):
         warnings.warn(text, stacklevel=2)
     for seed in scenario.seeds:
@@ -58,7 +48,7 @@ def run(scenario: Scenario, seed_begins: Callable[[int], None] = lambda _: None)
     traces: list[Trace] = []
     for seed in scenario.seeds:
         seed_begins(seed)
-        traces.append(_simulate(scenario, setup, seed))
+        traces.append(simulate_seed(scenario, setup, seed))
     return Result(
         scenario=scenario,
         traces=tuple(traces),
@@ -78,7 +68,7 @@ def _warnings(scenario: Scenario, setup: Setup) -> list[str]:
             "cost=fitted, whose measurements contain the engine's overhead"
         )
     used = scenario.tp_size * scenario.pp_size
-    first, second = _phases(scenario)
+    first, second = phases(scenario.policy.instance_plan, scenario.num_replicas)
     uses = f"one replica uses {used}"
     if second:
         used *= scenario.num_replicas
@@ -89,9 +79,10 @@ def _warnings(scenario: Scenario, setup: Setup) -> list[str]:
             "the others cost nothing here and do nothing"
         )
     routing = scenario.policy.routing
-    if second and scenario.pp_size > 1 and scenario.engine.batches_in_flight is None:
+    reason = one_batch_for(scenario)
+    if reason and scenario.pp_size > 1 and scenario.engine.batches_in_flight is None:
         found.append(
-            "instances that move KV keep one batch in flight, and their "
+            f"with {reason} a replica keeps one batch in flight, and its "
             f"pp_size={scenario.pp_size} stages wait for each other; "
             "engine.batches_in_flight=1 says that this is meant"
         )
@@ -113,35 +104,3 @@ def _warnings(scenario: Scenario, setup: Setup) -> list[str]:
             f"costed in full, an upper bound (engine.max_model_len={window} forbids them)"
         )
     return found
-
-
-def _simulate(scenario: Scenario, setup: Setup, seed: int) -> Trace:
-    source = Source(scenario.workload, seed, setup.max_model_tokens)
-    batching, paces = scenario.policy.batching, _paces(scenario, setup)
-    ahead = scenario.engine.schedules_ahead
-    if len(paces) == 1:
-        return simulate(source, batching, setup.limits, paces[0], schedules_ahead=ahead)
-    engines = Engines(
-        batching=batching, limits=setup.limits, paces=paces, schedules_ahead=ahead
-    )  # fmt: skip
-    routing, plan = scenario.policy.routing, scenario.policy.instance_plan
-    if _phases(scenario)[1]:
-        transport = partial(NetworkTransport, placement=place(scenario))
-        return simulate_hand_over(
-            source, routing, plan, engines, transport, setup.kv_bytes_per_token
-        )
-    return simulate_replicas(source, routing, engines)
-
-
-def _paces(scenario: Scenario, setup: Setup) -> list[Pace]:
-    """One a lane of every replica; the lanes of a replica share its stages."""
-    if setup.lanes == 1:
-        return [Costed(setup.cost)] * scenario.num_replicas
-    stages = stage_layers(setup.architecture.num_layers, scenario.pp_size)
-    layers = [len(stage) for stage in stages]
-    pipelines = [Pipeline(setup.cost, layers) for _ in range(scenario.num_replicas)]
-    return [*lanes_of(pipelines, setup.lanes)]
-
-
-def _phases(scenario: Scenario) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return phases(scenario.policy.instance_plan, scenario.num_replicas)

@@ -61,6 +61,11 @@ class Engine:
     `async_scheduling`): a request that comes in between waits one iteration longer."""
     logit_bytes: float = 4.0
     """Memory that sampling takes at its peak, for each request and word of the vocabulary."""
+    scratch_logit_bytes: float = 0.0
+    """The same for those requests only that the SMs filter at once, one each."""
+    compile_bytes: int = 0
+    """Memory that the compilation of the model takes at its peak, where the engine sizes its pool
+    while it compiles. 0: it starts with kernels that were compiled before."""
     reserved_bytes: int = 0
     """Memory that libraries and CUDA graphs take on every device beside what is computed."""
     rank_reserved_bytes: int = 0
@@ -84,7 +89,10 @@ class Engine:
                 f"engine.iteration_overhead_s={overhead_s} must not be negative "
                 "and must be finite; give seconds, such as 1e-4"
             )
-        for field in ("logit_bytes", "reserved_bytes", "rank_reserved_bytes"):
+        for field in (
+            "logit_bytes", "scratch_logit_bytes", "compile_bytes", "reserved_bytes",
+            "rank_reserved_bytes",
+        ):  # fmt: skip
             value = getattr(self, field)
             if not (isfinite(value) and value >= 0):
                 raise ValueError(f"engine.{field}={value} must not be negative; give bytes")

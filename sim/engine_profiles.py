@@ -15,14 +15,21 @@ VLLM_V1 = Engine(
     # launched, although the next iteration is scheduled ahead. `benchmarks/real_requests.py --fit`
     # prints what a recorded run would ask for.
     iteration_overhead_s=5e-4,
-    # Peak of a dummy sampling step, vLLM 0.11 on H100: 4.76 GiB for 1,024 sequences of 128,256
-    # words, 5.56 and 5.64 GiB for 151,936 words ("vLLM Empirical Memory Profiling Results").
-    logit_bytes=38.7,
-    # Non-torch memory in the same table: 0.13 GiB on one rank, 0.54 GiB on two.
-    reserved_bytes=139586437,
-    rank_reserved_bytes=440234148,
+    # vLLM 0.19 sizes its pool by a run with all requests and tokens. Its sampler holds, for each
+    # request and word, the logit in bf16 and in fp32, the probability, and the random number that
+    # divides it; its top-p filter (0.17 and later) keeps a row of the vocabulary in fp32 an SM.
+    logit_bytes=2 + 4 + 4 + 4,
+    scratch_logit_bytes=4,
+    # A first start compiles inside that run, and vLLM takes the peak of it for activations (its
+    # issue 54122). 0.8 GiB: a published first start on an RTX 4090 (Qwen3-4B, vLLM 0.27); another
+    # (Qwen3-32B on two, issue 54383) lost 0.47 GiB against a second start, which makes 0.87 GiB.
+    compile_bytes=858993459,
+    # 0.25 GiB outside torch on one rank and 2.07 GiB on two, vLLM 0.19 on H100 ("Capacity Planner
+    # Accuracy Report"), and a cuBLAS workspace of 32 MiB.
+    reserved_bytes=301989888,
+    rank_reserved_bytes=1954210120,
 )
-"""vLLM's second engine (0.11 to 0.19) as its server starts: chunked prompts, decodes first."""
+"""vLLM's second engine (0.19) as its server first starts: chunked prompts, decodes first."""
 
 ENGINES = {"diptych": Engine(), "vllm_v1": VLLM_V1}
 """Every engine profile by its name on the command line."""

@@ -12,22 +12,22 @@ from sim.engine import ReplicaLimits
 from sim.trace import Array
 
 
-def num_lanes(batches_in_flight: int | None, pp_size: int, *, moves_kv: bool = False) -> int:
+def num_lanes(batches_in_flight: int | None, pp_size: int, *, one_for: str = "") -> int:
     """Batches that one replica has in flight.
 
     Args:
         batches_in_flight: what was asked for; None: one a stage.
         pp_size: stages of the replica.
-        moves_kv: whether a plan moves KV from instance to instance, which is for one batch each.
+        one_for: what is simulated for one batch a replica only; empty: nothing of the kind.
 
     Raises:
-        ValueError: more batches than stages, or several where KV moves.
+        ValueError: more batches than stages, or several where there may be one.
     """
-    if moves_kv:
+    if one_for:
         if batches_in_flight not in {None, 1}:
             raise ValueError(
-                f"engine.batches_in_flight={batches_in_flight} must be 1 or null where "
-                "policy/instance_plan moves KV: it moves between instances of one KV pool each"
+                f"engine.batches_in_flight={batches_in_flight} must be 1 or null with {one_for}, "
+                "which know replicas of one batch in flight only"
             )
         return 1
     lanes = pp_size if batches_in_flight is None else batches_in_flight

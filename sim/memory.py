@@ -47,19 +47,26 @@ class MemoryNeed:
 
     weights: float
     activations: float
+    """Of a forward pass over as many tokens as an iteration may have."""
+    experts: float
+    """Buffers of the experts, which stay allocated."""
     sampling: float
-    reserved: int
+    """Of all requests at once, with the hidden states that it begins from."""
+    compiling: float
+    reserved: float
 
     @property
     def total(self) -> float:
-        """Of an iteration's peak: sampling begins when the activations are gone."""
-        return self.weights + max(self.activations, self.sampling) + self.reserved
+        """Of the peak: each of its phases begins when the one before has gone."""
+        peak = max(self.activations, self.sampling, self.compiling)
+        return self.weights + self.experts + peak + self.reserved
 
 
 def memory_need(
-    engine: Engine, limits: tuple[int, int], whole: Architecture, rank: Architecture, size: int
-) -> MemoryNeed:
-    """What a rank's memory must hold besides KV.
+    engine: Engine, limits: tuple[int, int], whole: Architecture, rank: Architecture, size: int,
+    sm_count: int = 0,
+) -> MemoryNeed:  # fmt: skip
+    """What a rank's memory must hold besides KV, counted by the shapes of tensors.
 
     Args:
         engine: its rule.
@@ -67,17 +74,47 @@ def memory_need(
         whole: the model.
         rank: the part of it that one rank holds; the model itself on one device.
         size: bytes of an element of weights and activations.
+        sm_count: SMs of the device.
     """
     sequences, tokens = limits
-    widest = rank.hidden_size * 2 + rank.query_size + 2 * rank.kv_size
-    widest += 2 * (rank.intermediate_size or rank.moe_intermediate_size)
+    # Sampled are copies of the last hidden states, while those of all tokens are still there.
+    hidden = (tokens + 2 * sequences) * whole.hidden_size * size
+    logits = engine.logit_bytes * sequences + engine.scratch_logit_bytes * min(sequences, sm_count)
     shared = rank.query_size < whole.query_size
     return MemoryNeed(
         weights=weight_bytes(rank, size),
-        activations=tokens * widest * size,
-        sampling=engine.logit_bytes * sequences * whole.vocab_size,
-        reserved=engine.reserved_bytes + (engine.rank_reserved_bytes if shared else 0),
+        activations=tokens * _widest(rank) * size,
+        experts=tokens * _expert_width(rank) * size,
+        sampling=hidden + logits * whole.vocab_size,
+        compiling=engine.compile_bytes,
+        reserved=engine.reserved_bytes
+        + (engine.rank_reserved_bytes if shared else 0)
+        + _rotation_bytes(rank, size),
     )
+
+
+def _widest(rank: Architecture) -> int:
+    """Elements a token that are held at once where most are.
+
+    In the MLP: what goes in, both halves where it is gated, and what comes out of the activation,
+    beside the residual, what the norm made of it, and the same of the operator before, whose memory
+    is not free yet. In attention: queries, keys, values, and what it returns.
+    """
+    dense = rank.num_sparse_layers < rank.num_layers
+    mlp = (3 if rank.gated_mlp else 2) * rank.intermediate_size if dense else 0
+    attention = 2 * rank.query_size + 2 * rank.kv_size
+    return 4 * rank.hidden_size + max(mlp, attention)
+
+
+def _expert_width(rank: Architecture) -> int:
+    """Elements a token of the two buffers through which experts pass their rows."""
+    inner, hidden = rank.moe_intermediate_size, rank.hidden_size
+    return rank.experts_per_token * (max(inner, hidden) + max(2 * inner, hidden))
+
+
+def _rotation_bytes(rank: Architecture, size: int) -> int:
+    """The table of the rotary embedding: sines and cosines of every position."""
+    return 0 if rank.learned_positions else rank.max_position_embeddings * rank.head_dim * size
 
 
 def kv_blocks(engine: Engine, device: Device, need: MemoryNeed, block_bytes: int) -> int:

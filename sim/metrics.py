@@ -84,7 +84,7 @@ def request_times(trace: Trace) -> RequestTimes:
     ids = trace.requests["request"][order]
     admitted, admitted_s = _first(events, State.admitted)
     runs = trace.runs
-    by_request = np.lexsort((runs["first_iteration"], runs["request"]))
+    by_request = _runs_in_order(trace)
     run_request = runs["request"][by_request]
     first = by_request[np.searchsorted(run_request, ids, "left")]
     last = by_request[np.searchsorted(run_request, ids, "right") - 1]
@@ -161,7 +161,7 @@ def token_times(trace: Trace, request_id: int) -> Floats:
     decoding = np.flatnonzero(trace.iterations["kind"] & DECODE)
     mine = np.flatnonzero(trace.runs["request"] == request_id)
     pieces: list[Floats] = []
-    for run in mine[np.argsort(trace.runs["first_iteration"][mine])]:
+    for run in mine[np.argsort(end_s[trace.runs["first_iteration"][mine]])]:
         first = trace.runs["first_iteration"][run]
         start = int(np.searchsorted(decoding, first, "right"))
         pieces.append(end_s[[first]])
@@ -278,6 +278,24 @@ def hand_over_s(trace: Trace) -> Floats:
     return since_s[np.searchsorted(ids, moved["request"])] - moved["instant_s"]
 
 
+def rerouted(trace: Trace) -> dict[str, int]:
+    """What replicas that died left to others: how often a request was sent again, and its tokens.
+
+    These are of the prompt and of the answer so far; they are to be prefilled again, except for
+    what is cached where the request goes.
+    """
+    routes = trace.routes
+    _, first = np.unique(routes["request"], return_index=True)
+    again = np.ones(len(routes["request"]), np.bool_)
+    again[first] = False
+    ids = np.argsort(trace.requests["request"], kind="stable")
+    known = trace.requests["request"][ids]
+    rows = ids[np.searchsorted(known, routes["request"][again])]
+    prompts = trace.requests["prompt_tokens"][rows]
+    tokens = prompts.sum() + routes["generated_tokens"][again].sum()
+    return {"num_rerouted": int(again.sum()), "rerouted_tokens": int(tokens)}
+
+
 def _of(events: Mapping[str, Array], state: State) -> Ints:
     return events["request"][events["state"] == state]
 
@@ -287,6 +305,15 @@ def _first(events: Mapping[str, Array], state: State) -> tuple[Ints, Floats]:
     chosen = events["state"] == state
     ids, where = np.unique(events["request"][chosen], return_index=True)
     return ids, events["instant_s"][chosen][where]
+
+
+def _runs_in_order(trace: Trace) -> Ints:
+    """Rows of runs by request, and of each request by time.
+
+    One that lost its replica may go on at one whose iterations lie before, in the trace.
+    """
+    first = trace.runs["first_iteration"]
+    return np.lexsort((first, trace.iterations["end_s"][first], trace.runs["request"]))
 
 
 def _last_iteration(trace: Trace, run: Ints) -> Ints:
@@ -303,7 +330,7 @@ def _last_iteration(trace: Trace, run: Ints) -> Ints:
 def _resumption_gaps(trace: Trace) -> Floats:
     """Gaps that a pre-emption tore: from the last token before it to the first one after."""
     runs = trace.runs
-    order = np.lexsort((runs["first_iteration"], runs["request"]))
+    order = _runs_in_order(trace)
     again = np.flatnonzero(np.diff(runs["request"][order]) == 0)
     end_s = trace.iterations["end_s"]
     after = end_s[runs["first_iteration"][order[again + 1]]]

@@ -37,9 +37,10 @@ def counts(trace: Trace) -> Counts:
     events = trace.events
     instant_s, state = np.asarray(events["instant_s"], np.float64), events["state"]
     seated = state == State.admitted
-    left = (state == State.preempted) | (state == State.finished)
+    torn = _lost_their_seat(trace)
+    left = (state == State.preempted) | (state == State.finished) | torn
     arrival_s = np.asarray(trace.requests["arrival_s"], np.float64)
-    back = state == State.preempted
+    back = (state == State.preempted) | torn  # to a queue, be it the router's
     queue_s = np.concatenate((arrival_s, instant_s[seated], instant_s[back]))
     queue = np.repeat([1, -1, 1], [len(arrival_s), int(seated.sum()), int(back.sum())])
     return Counts(
@@ -47,6 +48,17 @@ def counts(trace: Trace) -> Counts:
         waiting=_steps(queue_s, queue),
         free_blocks=_free_blocks(trace),
     )
+
+
+def _lost_their_seat(trace: Trace) -> NDArray[np.bool_]:
+    """Which events are of a request that ran on a replica when that died; others waited there."""
+    state = trace.events["state"]
+    order = np.lexsort((np.arange(len(state)), trace.events["request"]))
+    before = np.append(0, state[order][:-1])
+    ran = (before == State.admitted) | (before == State.decoding)
+    found = np.zeros(len(state), np.bool_)
+    found[order] = (state[order] == State.lost) & ran
+    return found
 
 
 def _free_blocks(trace: Trace) -> Steps:

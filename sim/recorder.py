@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -106,11 +106,68 @@ class Recorder:
         """The last decision stood for `count` iterations only."""
         self._decisions[1 - _WIDTH] = count
 
+    def undo(self, *, passed: bool) -> bool:
+        """Take the last decision back: its iteration was lost. What was pre-empted keeps its runs.
+
+        Args:
+            passed: whether the end of its only iteration was noted already.
+
+        Returns:
+            Whether it decoded.
+        """
+        decoded = self._decisions[_DECODES] > 0
+        del self._decisions[-_WIDTH:]
+        self._num_decisions -= 1
+        if passed:
+            self._end.pop()
+        moved = sum(self._rows[name].count(self._num_decisions) for name in _MOVES)
+        if moved:  # what it admitted and pre-empted are the last events
+            del self._events[-moved * (len(schema.EVENTS) - 1) :]
+        for name, rows in self._rows.items():
+            count = rows.count(self._num_decisions)
+            if count:
+                del rows[-count:], self._values[name][-count:]
+        return decoded
+
+    def ends_after(self, instant_s: float) -> bool:
+        """Whether the last iteration that was noted ends at this instant or later."""
+        return bool(self._end) and self._end[-1] >= instant_s
+
     def span(self, resource: str, operation: str, row: Mapping[str, float]) -> None:
         """A resource was busy with an operation; `row` has the columns of `SPANS`."""
         self._span_names["resource"].append(resource)
         self._span_names["operation"].append(operation)
         self._spans.extend(row[name] for name in schema.SPANS)
+
+    def news(self, known: dict[str, int]) -> dict[str, bytes]:
+        """What was appended since the last call, for a recorder elsewhere to `take`.
+
+        Args:
+            known: how much of each column was handed out; brought up to date.
+        """
+        found: dict[str, bytes] = {}
+        for name, column in self._columns().items():
+            if len(column) > known.get(name, 0):
+                found[name] = column[known.get(name, 0) :].tobytes()
+                known[name] = len(column)
+        return found
+
+    def take(self, news: Mapping[str, bytes]) -> None:
+        """Append what another recorder handed out."""
+        columns = self._columns()
+        for name, content in news.items():
+            columns[name].frombytes(content)
+        self._num_decisions = len(self._decisions) // _WIDTH
+
+    def _columns(self) -> "dict[str, array[Any]]":
+        """All that is appended to but spans and `answered`, which only some executors write."""
+        flat = {
+            "end": self._end, "requests": self._requests, "events": self._events,
+            "runs": self._runs, "decisions": self._decisions,
+        }  # fmt: skip
+        values = {f"values of {name}": column for name, column in self._values.items()}
+        rows = {f"rows of {name}": column for name, column in self._rows.items()}
+        return {**flat, **values, **rows}
 
     def trace(self) -> Trace:
         """The trace so far. Columns are copied: the recorder may go on."""
@@ -197,9 +254,16 @@ class RouteRecorder:
         """Reports known so far."""
         return len(self._answers) // len(schema.ANSWERS)
 
-    def route(self, request_id: int, instant_s: float, choice: Choice, delivered_s: float) -> None:
-        """A request is sent to a replica, which has it at `delivered_s`."""
-        self._routes.extend(self._decision(request_id, instant_s, choice, delivered_s))
+    def route(
+        self, request_id: int, instant_s: float, choice: Choice, delivered_s: float,
+        generated_tokens: int = 0,
+    ) -> None:  # fmt: skip
+        """A request is sent to a replica, which has it at `delivered_s`.
+
+        So many tokens of its answer were handed out before.
+        """
+        row = self._decision(request_id, instant_s, choice, delivered_s)
+        self._routes.extend((*row, generated_tokens))
 
     def answer(self, request_id: int, instant_s: float, replica: int) -> None:
         """The router learns that a replica has done its part of a request."""
@@ -237,6 +301,10 @@ class RouteRecorder:
 
 _HAND_OVER_COLUMNS = tuple(schema.HAND_OVERS)
 _WIDTH = len(schema.DECISIONS) - 1
+_DECODES = list(schema.DECISIONS).index("num_decodes") - len(schema.DECISIONS)
+"""Of the last row, counted from the end."""
+_MOVES = ("admitted", "preempted")
+"""Lists whose entries have an event each."""
 
 
 def _table(kinds: Mapping[str, str], flat: "array[float]", replica: int | None = None) -> Table:

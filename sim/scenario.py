@@ -6,6 +6,7 @@ from math import isfinite
 
 from hardware_models.schema import Cluster, Gpu, Node
 from sim.engine import Engine
+from sim.faults import Fault, check_faults
 from sim.metrics import Slo
 from sim.policies.batching.base import Batching
 from sim.policies.batching.continuous import Continuous
@@ -103,6 +104,11 @@ class Scenario:
     num_replicas: int = 1
     """Copies of the model behind one router: each on such a machine of its own, or on the GPUs of a
     cluster, or where a plan moves KV, of the node."""
+    faults: list[Fault] = field(default_factory=list[Fault])
+    """GPUs, links and nodes that are slow or dead for a time."""
+    detection_s: float = 3.0
+    """From a replica's death until the router knows of it, in seconds: three signs of life that do
+    not come, one a second."""
     cost: CostFamily = CostFamily.roofline
     """Where seconds come from."""
     cost_tables: str | None = None
@@ -125,6 +131,11 @@ class Scenario:
         for name in ("tp_size", "pp_size", "num_replicas"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not (isfinite(self.detection_s) and self.detection_s > 0):
+            raise ValueError(
+                f"detection_s={self.detection_s} must be above 0 seconds and finite; try 3"
+            )
+        check_faults(self.faults, self.num_replicas, self.tp_size * self.pp_size)
         if not (self.warm_up >= 0 and self.drain >= 0 and self.warm_up + self.drain < 1):
             raise ValueError(
                 f"warm_up={self.warm_up} and drain={self.drain} must not be negative and leave "

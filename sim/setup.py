@@ -69,10 +69,18 @@ def lanes_of_replica(scenario: Scenario) -> int:
     """Batches that each replica of a scenario has in flight.
 
     Raises:
-        ValueError: more than it has stages, or several where KV moves.
+        ValueError: more than it has stages, or several where there may be one.
     """
-    moves_kv = bool(phases(scenario.policy.instance_plan, scenario.num_replicas)[1])
-    return num_lanes(scenario.engine.batches_in_flight, scenario.pp_size, moves_kv=moves_kv)
+    return num_lanes(
+        scenario.engine.batches_in_flight, scenario.pp_size, one_for=one_batch_for(scenario)
+    )
+
+
+def one_batch_for(scenario: Scenario) -> str:
+    """What of a scenario keeps its replicas to one batch in flight; empty: nothing."""
+    if phases(scenario.policy.instance_plan, scenario.num_replicas)[1]:
+        return "instances that move KV"
+    return "faults" if scenario.faults else ""
 
 
 def check_workload(scenario: Scenario, setup: Setup, seed: int) -> WorkloadTotals:
@@ -100,11 +108,12 @@ def _limits(scenario: Scenario, architecture: Architecture, device: Device) -> R
     engine = scenario.engine
     gpu = scenario.gpu or (scenario.machine.gpu if scenario.machine else None)
     sequences, tokens = batch_limits(engine, gpu)
+    sm_count = (gpu.peak.sm_count if gpu else None) or 0
 
     def blocks(tp_size: int, pp_size: int) -> int:
         rank = stage_part(tensor_part(architecture, tp_size), pp_size)
         size = scenario.model.dtype.num_bytes
-        need = memory_need(engine, (sequences, tokens), architecture, rank, size)
+        need = memory_need(engine, (sequences, tokens), architecture, rank, size, sm_count)
         block_bytes = engine.block_size * kv_bytes_per_token(
             rank, scenario.model.cache_dtype.num_bytes
         )

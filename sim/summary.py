@@ -30,6 +30,7 @@ def summarise(scenario: Scenario, setup: Setup, trace: Trace) -> dict[str, float
         **_rates(times, scenario.slo, duration_s),
         **latencies(trace, counted, steady=not overloaded),
         "num_preemptions": int(times.num_preemptions.sum()),
+        **metrics.rerouted(trace),
         "num_iterations": trace.num_iterations,
         "num_decisions": len(trace.decisions["repeat"]),
         "busy_share": metrics.busy_share(trace, scenario.num_replicas, setup.lanes),

@@ -33,6 +33,8 @@ class State(IntEnum):
     finished = 4
     handed_over = 5
     """It has its first token here and goes on elsewhere; its KV stays until it is fetched."""
+    lost = 6
+    """Its replica died: what it held there is gone. The tokens of its answer are not."""
 
 
 Array = NDArray[Any]
@@ -48,9 +50,11 @@ EVENTS = {"replica": "i", "request": "i", "instant_s": "f", "state": "i"}
 ROUTES = {
     "request": "i", "instant_s": "f", "replica": "i", "delivered_s": "f",
     "outstanding_requests": "i", "outstanding_tokens": "i", "chosen_requests": "i", "answers": "i",
+    "generated_tokens": "i",
 }  # fmt: skip
 """Decisions of a router. `outstanding_...` and `chosen_requests` (those of the chosen replica) were
-observed before, when it knew of so many `answers`; the replica had the request at `delivered_s`."""
+observed before, when it knew of so many `answers`; the replica had the request at `delivered_s`. A
+request whose replica died is routed again, with the tokens of its answer that were handed out."""
 ANSWERS = {"request": "i", "instant_s": "f", "replica": "i"}
 """What replicas reported done, in the order in which the router learnt of it: answers, and by one
 that only prefills, first tokens."""

@@ -19,6 +19,7 @@ from scenarios import calibrate
 from scenarios.tables import console
 from scenarios.validation import handed_over, several_ranks, timing
 from scenarios.validation.decisions import exact_lines
+from scenarios.validation.failing import failing_lines
 from scenarios.validation.lanes_time import LanePanels
 from scenarios.validation.numbers import compare, number_lines
 from scenarios.validation.options import Fault, Options, Question
@@ -27,6 +28,7 @@ from scenarios.validation.timing import Runs
 from scenarios.validation.verdict import Line, not_run
 from sim.costs.fitted import Fitted
 from sim.costs.fitting import jitter_quantiles
+from sim.faults import Fault as PartFault
 from sim.policies.batching.base import Batching
 from sim.policies.instance_plan.base import InstancePlan, phases
 from sim.policies.instance_plan.colocated import Colocated
@@ -54,6 +56,8 @@ class Plan(NamedTuple):
     tp_size: int = 1
     pp_size: int = 1
     instance_plan: InstancePlan = Colocated()
+    faults: tuple[PartFault, ...] = ()
+    """Of the study: the deployment is asked with them as well."""
     batches_in_flight: int | None = None
     """Of a replica of several stages."""
 
@@ -119,7 +123,7 @@ def _decisions_and_bytes(plan: Plan, progress: Progress) -> list[Line]:
         )  # fmt: skip
         lines += [line for line in found if Question(line.question) in plan.options.only]
         progress.advance(task)
-    return lines + (_routed(plan, progress) if plan.num_replicas > 1 else [])
+    return lines + (_routed(plan, progress) if plan.routings else [])
 
 
 def _routed(plan: Plan, progress: Progress) -> list[Line]:
@@ -136,6 +140,8 @@ def _routed(plan: Plan, progress: Progress) -> list[Line]:
             corruption, plan.options.device.value,
         )  # fmt: skip
         found = routed_lines(name, case, architecture)
+        if plan.faults:
+            found += failing_lines(name, case, plan.faults, architecture)
         lines += [line for line in found if Question(line.question) in plan.options.only]
         progress.advance(task)
     return lines

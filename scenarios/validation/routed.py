@@ -34,7 +34,8 @@ from sim.workload.recorded import replayed
 from sim.workload.source import Source
 
 COMPARED = (
-    "request", "replica", "outstanding_requests", "outstanding_tokens", "chosen_requests", "answers"
+    "request", "replica", "outstanding_requests", "outstanding_tokens", "chosen_requests",
+    "answers", "generated_tokens",
 )  # fmt: skip
 
 
@@ -89,17 +90,21 @@ def routed_lines(name: str, case: RoutedCase, architecture: Architecture) -> lis
     try:
         panels = run_both_routed(case)
     except (ValueError, RuntimeError) as error:
-        return [
-            Line(
-                question=question, metric=f"{name}, {case.num_replicas} replicas", simulated="",
-                measured="stopped", error=None, accepted=0, verdict=Verdict.missed,
-                note=f"a panel stopped: {error}",
-            )
-            for question in ("decisions", "bytes")
-        ]  # fmt: skip
+        return stopped(f"{name}, {case.num_replicas} replicas", error)
     return [
         route_line(name, panels), batching_line(name, panels),
         *routed_byte_lines(name, panels, architecture),
+    ]  # fmt: skip
+
+
+def stopped(metric: str, error: Exception) -> list[Line]:
+    """A panel stopped: a miss of both questions."""
+    return [
+        Line(
+            question=question, metric=metric, simulated="", measured="stopped", error=None,
+            accepted=0, verdict=Verdict.missed, note=f"a panel stopped: {error}",
+        )
+        for question in ("decisions", "bytes")
     ]  # fmt: skip
 
 

@@ -64,10 +64,18 @@ class ExpertLinks:
         group = Group(RANKS_PER_NODE, num_nodes, self.inside, self.between)
         return collective_s("all_to_all", payload_bytes, group, "direct")
 
-    def with_gpu_link(self, ratio: float) -> "ExpertLinks":
-        """The same with GPU links of another bandwidth, as a ratio."""
-        faster = replace(self.inside, bytes_per_s=self.inside.bytes_per_s * ratio)
-        return replace(self, inside=faster)
+    def with_gpu_link(self, ratio: float, reached_bytes_per_s: float) -> "ExpertLinks":
+        """The same with GPU links of another bandwidth.
+
+        A phase that keeps the link less busy than another is held up by its own work (combine adds
+        up), which a slower link does not slow down until the link itself holds it up.
+
+        Args:
+            ratio: bandwidth of the other link over that of this one.
+            reached_bytes_per_s: what the busiest phase gets out of this one.
+        """
+        other = min(self.inside.bytes_per_s, ratio * reached_bytes_per_s)
+        return replace(self, inside=replace(self.inside, bytes_per_s=other))
 
 
 def read_deepep(gpu: str) -> list[Exchange]:

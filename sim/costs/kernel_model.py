@@ -6,7 +6,7 @@ launch costs time however little there is to do. The shares are the same for eve
 of the order that well-tuned kernels reach and are judged by `benchmarks/operators.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, sqrt
 
 from hardware_models.schema import Cpu, Gpu, peak_flops_per_s
@@ -20,8 +20,16 @@ KEYS_PER_SPLIT = 256
 """Context that a thread block of decode attention keeps at least."""
 PACKING = ("hopper", "blackwell_datacenter")
 """Chip generations whose attention kernels pack queries (FlashAttention 3 and later)."""
+ATTENTION_KEYS = 128
+"""Keys that attention takes at once; those of a last, shorter step are computed in full."""
+FULL_ROWS = 128
+"""Rows of a tile of attention on those generations. On others it has half as many:
+FlashAttention 2 serves a paged cache with its split kernel, whose tile is 64 x 128."""
 L2_SPEEDUP = 2.0
 """Bandwidth of the last-level cache against that of the memory."""
+LATENCY_CLOCK_HZ = 1.98e9
+"""Clock at which launches and inner loops take what is stated here; they take as many cycles at any
+other. What a thread block waits for is memory, whose clock is another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +56,14 @@ class KernelModel:
     merge_s: float = 5e-6
     """A second kernel that merges what the parts of a cut context gave."""
     block_s: float = 4e-6
-    """Latency of a thread block of attention that has next to nothing to do."""
+    """Latency of a thread block of attention of `FULL_ROWS` rows that has next to nothing to do; it
+    loads and stores its rows, so that one of fewer takes less."""
+    empty_block_s: float = 3.5e-7
+    """Of a thread block that finds that there is no row for it, and ends. Profiles of mixed batches
+    by LLMServingSim (RTX 4090 and RTX PRO 6000): how much longer 64 decoding requests take beside a
+    chunk of 2,048 tokens than beside one of 128."""
+    attention_rows: int = FULL_ROWS // 2
+    """Rows of a tile of prompt attention."""
     packs_queries: bool = False
     """Prompt attention puts the query heads that share a KV head into one tile."""
     fused: bool = False
@@ -73,12 +88,25 @@ class KernelModel:
         flops_per_s = peak_flops_per_s(part, dtype)
         if isinstance(part, Cpu):
             return cls.ideal(flops_per_s, bytes_per_s)
-        return cls(
+        model = cls(
             flops_per_s=flops_per_s,
             bytes_per_s=bytes_per_s,
             sm_count=part.peak.sm_count,
             l2_bytes=float(part.peak.l2_bytes or 0),
             packs_queries=part.architecture in PACKING,
+            attention_rows=FULL_ROWS if part.architecture in PACKING else FULL_ROWS // 2,
+        )
+        return model.at_clock(part.peak.boost_clock_hz or LATENCY_CLOCK_HZ)
+
+    def at_clock(self, clock_hz: float) -> "KernelModel":
+        """The same with launches and inner loops at a clock of the SMs."""
+        slower = LATENCY_CLOCK_HZ / clock_hz
+        return replace(
+            self,
+            launch_s=slower * self.launch_s,
+            depth_s=slower * self.depth_s,
+            attention_launch_s=slower * self.attention_launch_s,
+            merge_s=slower * self.merge_s,
         )
 
     def moving_s(self, num_bytes: float, *, cached: bool = False) -> float:
@@ -136,7 +164,7 @@ class KernelModel:
         computing = flops / reached
         if self.sm_count:
             computing = max(computing, longest_flops * self.sm_count / reached)
-            computing += self.block_s * blocks / self.sm_count
+            computing += self.block_s * self.attention_rows / FULL_ROWS * blocks / self.sm_count
         moving = self.moving_s(num_bytes, cached=cached)
         return self.attention_launch_s + max(computing, moving)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.costs.attention_scale import AttentionScale, shortest_s
 from sim.costs.curve import Curve
 from sim.costs.roofline import RooflineKernels
 from sim.costs.seconds import Seconds
@@ -54,23 +55,28 @@ class LayerKernels:
             self._sampled = table(
                 (n, s / self._smooth.sampled(int(n)).total) for n, s in tables.sampled
             )
+        self._read_attention(tables)
+
+    def _read_attention(self, tables: LayerTables) -> None:
+        """Each launch of attention over its own account of the work."""
         self._prompts = self._decodes = self._mixed = None
-        if tables.prompts is not None:
-            self._prompts = table(
-                (c, h, layers * s / self._smooth.prompts_s(chunk(c, h)))
-                for c, h, s in tables.prompts
-            )
-        if tables.decodes is not None:
-            self._decodes = table(
-                (n, kv, layers * s / self._smooth.decode_source(int(n), n * kv).total)
-                for n, kv, s in tables.decodes
-            )
-            self._lengths = np.unique(tables.decodes[:, 1]).tolist()
-        if tables.mixed is not None:
-            self._mixed = table(
-                (c, h, n, kv, layers * s / self._mixed_s(chunk(c, h), int(n), n * kv))
-                for c, h, n, kv, s in tables.mixed
-            )
+        layers = self._layers
+        if (rows := tables.prompts) is not None:
+            self._prompt_scale = scale = self._scale(rows)
+            self._prompts = table((c, h, layers * s / scale.prompts_s(chunk(c, h)))
+                                  for c, h, s in rows)  # fmt: skip
+        if (rows := tables.decodes) is not None:
+            self._decode_scale = scale = self._scale(rows)
+            self._decodes = table((n, kv, layers * s / scale.decodes_s(n, n * kv))
+                                  for n, kv, s in rows)  # fmt: skip
+            self._lengths = np.unique(rows[:, 1]).tolist()
+        if (rows := tables.mixed) is not None:
+            self._mixed_scale = self._scale(rows)
+            self._mixed = table((c, h, n, kv, layers * s / self._mixed_s(chunk(c, h), n, n * kv))
+                                for c, h, n, kv, s in rows)  # fmt: skip
+
+    def _scale(self, rows: Rows) -> AttentionScale:
+        return AttentionScale(self._roofline, shortest_s(rows[:, -1]))
 
     def tokens(self, tokens: int) -> Seconds:
         """All but attention."""
@@ -100,11 +106,11 @@ class LayerKernels:
         if self._prompts is None:
             return self._roofline.prompt_attention(shape)
         reading = self._prompts.at(shape.prefill_tokens, before)
-        seconds = reading.seconds(self._smooth.prompts_s(shape))
+        seconds = reading.seconds(self._prompt_scale.prompts_s(shape))
         if not decodes:
             return seconds
         beside = max(
-            self._roofline.mixed_decode_s(decodes, context),
+            self._roofline.mixed_decode_s(shape),
             self.decode_source(decodes, context).total,
         )
         return seconds.plus(Seconds(extrapolated=beside))
@@ -121,11 +127,11 @@ class LayerKernels:
         if self._decodes is None:
             return self._roofline.decode_source(num_decodes, context)
         reading = self._decodes.at(num_decodes, context / num_decodes)
-        return reading.seconds(self._smooth.decode_source(num_decodes, context).total)
+        return reading.seconds(self._decode_scale.decodes_s(num_decodes, context))
 
-    def _mixed_s(self, shape: IterationShape, num_decodes: int, context: float) -> float:
-        mixed_s = self._roofline.mixed_decode_s(num_decodes, context)
-        return self._smooth.prompts_s(shape) + mixed_s
+    def _mixed_s(self, shape: IterationShape, num_decodes: float, context: float) -> float:
+        scale = self._mixed_scale
+        return scale.prompts_s(shape) + scale.decodes_s(num_decodes, context)
 
 
 def chunk(tokens: float, before: float) -> IterationShape:

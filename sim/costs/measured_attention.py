@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.costs.attention_scale import AttentionScale, shortest_s
 from sim.costs.curve import Curve
 from sim.costs.roofline import CONTEXTS, RooflineKernels
 from sim.costs.seconds import Seconds
@@ -17,6 +18,9 @@ Rows = NDArray[np.float64]
 
 class MeasuredAttention:
     """Seconds of attention in all layers, for one shape of heads.
+
+    Decoding requests are read by the tokens that all of them read, whatever their number: those
+    decide how much is moved, and whether a cache holds it.
 
     The tables know whole prompts and decoding requests of equal contexts, not mixtures. Chunks that
     continue a prompt take the ratio of a prompt as long as their context; decoding requests beside
@@ -41,48 +45,46 @@ class MeasuredAttention:
         self._own = measured_as is None
         heads = roofline.architecture if measured_as is None else measured_as
         single = replace(heads, num_layers=1, sparse_layers=heads.sparse_layers and (0,))
-        self._smooth = roofline.smooth()
-        self._per_layer = self._smooth.like(architecture=single)
-        self._floor_bytes_per_s = floor_bytes_per_s
+        per_layer = roofline.like(architecture=single)
+        launches = shortest_s(prompts[:, 2]), shortest_s(decodes[:, 2])
+        self._prompt_scale, self._decode_scale = (AttentionScale(roofline, s) for s in launches)
+        prompt_scale, decode_scale = (AttentionScale(per_layer, s) for s in launches)
         self._prompts = table(
-            (batch, tokens, seconds / self._per_layer.prompts_s(_prompts(batch, tokens)))
+            (batch, tokens, seconds / prompt_scale.prompts_s(_prompts(batch, tokens)))
             for batch, tokens, seconds in prompts.tolist()
         )
+        key_bytes = 2 * heads.kv_size * roofline.kv_dtype_bytes
         self._decodes = table(
-            (batch, kv, self._decode_ratio(batch, kv, seconds))
-            for batch, kv, seconds in decodes.tolist()
-        )
-        self._lengths = sorted({float(kv) for kv in decodes[:, 1]} | set(map(float, CONTEXTS)))
+            (batch, batch * length, max(seconds, key_bytes * batch * length / floor_bytes_per_s)
+             / decode_scale.decodes_s(batch, batch * length))
+            for batch, length, seconds in decodes.tolist()
+        )  # fmt: skip
+        totals = {batch * length for batch, length, _ in decodes.tolist()}
+        self._totals = sorted(totals | set(map(float, CONTEXTS)))
 
     def prompt_attention(self, shape: IterationShape) -> Seconds:
         """Attention of chunks, and of decoding requests beside them."""
         context = shape.prefill_context / shape.num_prefills
         reading = self._prompts.at(shape.num_prefills, context)
-        seconds = reading.seconds(self._smooth.prompts_s(shape))
+        seconds = reading.seconds(self._prompt_scale.prompts_s(shape))
         if not self._own or shape.prefill_context > shape.prefill_tokens:
             seconds = seconds.as_extrapolated()
         if not shape.num_decodes:
             return seconds
         alone = self.decode_source(shape.num_decodes, shape.decode_context)
-        mixed = self.roofline.mixed_decode_s(shape.num_decodes, shape.decode_context)
+        mixed = self.roofline.mixed_decode_s(shape)
         return seconds.plus(Seconds(extrapolated=max(mixed, alone.total)))
 
     def decode_attention(self, num_decodes: int) -> Curve:
-        """Straight lines between the lengths that were measured, and a doubling grid beyond."""
-        knots = [num_decodes * length for length in self._lengths]
+        """Straight lines between the contexts that were measured, and a doubling grid beyond."""
+        knots = [float(num_decodes), *(at for at in self._totals if at > num_decodes)]
         return Curve.through(knots, lambda at: self.decode_source(num_decodes, at).total)
 
     def decode_source(self, num_decodes: int, context: float) -> Seconds:
         """Seconds of one point, split by what it rests on."""
-        reading = self._decodes.at(num_decodes, context / num_decodes)
-        seconds = reading.seconds(self._smooth.decode_source(num_decodes, context).total)
+        reading = self._decodes.at(num_decodes, context)
+        seconds = reading.seconds(self._decode_scale.decodes_s(num_decodes, context))
         return seconds if self._own else seconds.as_extrapolated()
-
-    def _decode_ratio(self, batch: float, length: float, seconds: float) -> float:
-        a = self._per_layer.architecture
-        read_bytes = 2 * a.kv_size * batch * length * self.roofline.kv_dtype_bytes
-        seconds = max(seconds, read_bytes / self._floor_bytes_per_s)
-        return seconds / self._per_layer.decode_source(int(batch), batch * length).total
 
 
 def _prompts(batch: float, tokens: float) -> IterationShape:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from math import ceil
 
 from sim.costs.curve import Curve
-from sim.costs.kernel_model import KEYS_PER_SPLIT, TILE_ROWS, KernelModel
+from sim.costs.kernel_model import ATTENTION_KEYS, KEYS_PER_SPLIT, KernelModel
 from sim.costs.seconds import Seconds
 from sim.models.architecture import Architecture
 from sim.models.operators import layer_linears, lm_head
@@ -89,49 +89,74 @@ class RooflineKernels:
         """Chunks first, then the decoding requests."""
         seconds = self.prompts_s(shape)
         if shape.num_decodes:
-            seconds += self.mixed_decode_s(shape.num_decodes, shape.decode_context)
+            seconds += self.mixed_decode_s(shape)
         return Seconds(datasheet=seconds)
 
     def prompts_s(self, shape: IterationShape, *, cached: bool = False) -> float:
         """Seconds of attention of the chunks alone; `cached`: their operands are."""
-        token_bytes, context_bytes, pair_flops = self._chunk
+        pair_flops = self._chunk[2]
         a = self.architecture
         pairs, tiles = self._tiled(shape)
         context = shape.prefill_context / shape.num_prefills
         return a.num_layers * self.model.prompt_attention_s(
             pairs * pair_flops,
-            shape.prefill_tokens * token_bytes + shape.prefill_context * context_bytes,
+            self.prompt_work(shape)[1],
             blocks=tiles * a.num_heads,
-            longest_flops=TILE_ROWS * context * pair_flops / a.num_heads,
+            longest_flops=self.model.attention_rows * context * pair_flops / a.num_heads,
             cached=cached,
         )
+
+    def prompt_work(self, shape: IterationShape) -> tuple[float, float]:
+        """FLOPs, without those of half-empty tiles, and bytes of chunks in one layer."""
+        token_bytes, context_bytes, pair_flops = self._chunk
+        moved = shape.prefill_tokens * token_bytes + shape.prefill_context * context_bytes
+        return shape.prefill_pairs * pair_flops, moved
+
+    def decode_work(self, num_decodes: float, context: float) -> tuple[float, float]:
+        """FLOPs and bytes of decoding requests in one layer."""
+        token_bytes, context_bytes, pair_flops = self._step
+        return context * pair_flops, num_decodes * token_bytes + context * context_bytes
 
     def _tiled(self, shape: IterationShape) -> tuple[float, float]:
         """Query-key pairs in whole tiles of rows, and tiles a query head, of chunks alike."""
         if not self.model.sm_count:
             return shape.prefill_pairs, 0.0
         rows = shape.prefill_tokens / shape.num_prefills
-        before = shape.prefill_context / shape.num_prefills - rows
-        # Packed, a tile holds the same rows of several query heads, and fewer are left empty.
-        packed = self._group if self.model.packs_queries else 1.0
-        tiles = ceil(rows * packed / TILE_ROWS)
-        height = TILE_ROWS / packed
-        pairs = tiles * height * (before + (tiles + 1) * height / 2)
+        before = ceil((shape.prefill_context / shape.num_prefills - rows) / ATTENTION_KEYS)
+        # Packed, a tile holds the same rows of several query heads, and fewer are left empty. A
+        # single row is packed by every kernel.
+        packed = self._group if self.model.packs_queries or rows == 1 else 1.0
+        height = self.model.attention_rows / packed
+        tiles = ceil(rows / height)
+        # Tiles in a row see the same number of whole steps of keys, then one step more.
+        alike = max(round(ATTENTION_KEYS / height), 1)
+        steps, rest = divmod(tiles, alike)
+        seen = tiles * before + alike * steps * (steps + 1) / 2 + rest * (steps + 1)
+        pairs = height * ATTENTION_KEYS * seen
         return shape.num_prefills * pairs, shape.num_prefills * tiles / packed
 
-    def mixed_decode_s(self, num_decodes: int, context: float) -> float:
+    def mixed_decode_s(self, shape: IterationShape) -> float:
         """Seconds of attention of decoding requests in one launch with prompt chunks.
 
         The kernel then works in a prompt's tiles: a new token fills one row of a tile, for each
-        query head, or for each KV head where the kernel packs the queries that share one.
+        query head, or for each KV head where the kernel packs the queries that share one. Each tile
+        is a thread block of its own, and contexts are not split. FlashAttention 2 also starts as
+        many blocks for each request as the longest chunk has tiles.
         """
-        alone = self.decodes_s(num_decodes, context)
-        if not self.model.sm_count:
+        alone = self.decodes_s(shape.num_decodes, shape.decode_context)
+        model = self.model
+        if not model.sm_count:
             return alone
-        rows = TILE_ROWS / self._group if self.model.packs_queries else TILE_ROWS
-        padded = max(rows, 1.0) * context * self._step[2]
-        layers = self.architecture.num_layers
-        return max(alone, layers * self.model.padded_attention_s(padded))
+        packed = self._group if model.packs_queries else 1.0
+        rows = model.attention_rows / packed
+        blocks = shape.num_decodes * self.architecture.num_heads / packed
+        waiting = model.block_s
+        if not model.packs_queries:
+            tiles = ceil(shape.prefill_tokens / shape.num_prefills / rows)
+            waiting += (tiles - 1) * model.empty_block_s
+        padded = model.padded_attention_s(rows * shape.decode_context * self._step[2])
+        padded += waiting * blocks / model.sm_count
+        return max(alone, self.architecture.num_layers * padded)
 
     def decode_attention(self, num_decodes: int) -> Curve:
         """Straight lines between powers of two, and through where computing takes over."""
@@ -170,12 +195,12 @@ class RooflineKernels:
 
     def decodes_s(self, num_decodes: int, context: float, *, cached: bool = False) -> float:
         """Seconds of attention of decoding requests alone; `cached`: their keys are."""
-        token_bytes, context_bytes, pair_flops = self._step
+        flops, num_bytes = self.decode_work(num_decodes, context)
         a = self.architecture
         blocks = num_decodes * a.num_kv_heads * max(1.0, context / num_decodes / KEYS_PER_SPLIT)
         return a.num_layers * self.model.decode_attention_s(
-            context * pair_flops,
-            num_decodes * token_bytes + context * context_bytes,
+            flops,
+            num_bytes,
             blocks=blocks,
             heads=num_decodes * a.num_kv_heads,
             cached=cached,

@@ -1,9 +1,9 @@
 """A table of measurements over any number of axes, read between its points.
 
 What is stored is not seconds but their ratio to a model of the same work (a roofline). The ratio is
-smooth where seconds are not, so it is interpolated, linearly in the logarithm of each axis; beyond
-the grid the ratio of the nearest point goes on. The grid may have holes: each point of an axis has
-an axis of its own behind it.
+smooth where seconds are not, so its logarithm is interpolated, linearly in the logarithm of each
+axis; beyond the grid the ratio of the nearest point goes on. The grid may have holes: each point of
+an axis has an axis of its own behind it.
 """
 
 from bisect import bisect_left
@@ -58,7 +58,7 @@ class Table:
         high = self._below(index, point, axis)
         logs = self._logs
         share = (log1p(where) - logs[index - 1]) / (logs[index] - logs[index - 1])
-        ratio = low.ratio + share * (high.ratio - low.ratio)
+        ratio = low.ratio * (high.ratio / low.ratio) ** share
         return Reading(ratio, low.inside and high.inside, False)
 
     def _below(self, index: int, point: tuple[float, ...], axis: int) -> Reading:
@@ -72,11 +72,14 @@ def table(rows: Iterable[Sequence[float]]) -> Table:
     """The table of rows (coordinate of each axis, outermost first, and the ratio last).
 
     Raises:
-        ValueError: there are no rows, or one point is given twice.
+        ValueError: there are no rows, a ratio is not positive, or one point is given twice.
     """
     ordered = sorted(tuple(row) for row in rows)
     if not ordered:
         raise ValueError("a table without measurements cannot answer; measure something first")
+    idle = next((row for row in ordered if not row[-1] > 0), None)
+    if idle is not None:
+        raise ValueError(f"point {idle[:-1]} took no time; a measurement must be positive")
     return _nested(ordered, 0)
 
 

@@ -127,17 +127,21 @@ class Replayed:
     takes_turns = False
 
     def __init__(
-        self, instants_s: Sequence[float], ends_s: Sequence[float], others_s: Sequence[float] = ()
-    ) -> None:
+        self, instants_s: Sequence[float], ends_s: Sequence[float],
+        others_s: Sequence[float] = (), beyond_s: float = 0.0,
+    ) -> None:  # fmt: skip
         """Take over a log.
 
         Args:
             instants_s: of every decision, increasing.
             ends_s: of the iteration after each.
             others_s: instants at which something else was decided, such as to fetch KV.
+            beyond_s: when an iteration ends that is not in the log, as the one is not in which a
+                replica died.
         """
         self._instants = sorted({*instants_s, *others_s})
         self._end_s = dict(zip(instants_s, ends_s, strict=True))
+        self._beyond_s = beyond_s
         self.start_s = self._instants[0] if self._instants else None
 
     @classmethod
@@ -164,11 +168,15 @@ class Replayed:
     def iteration(self, now_s: float, shape: IterationShape) -> list[float]:
         """From this decision to the logged end of its iteration."""
         del shape
-        return [now_s, self._end_s.get(now_s, now_s + 1.0)]
+        return [now_s, self._after(now_s)]
 
     def decode_run(
         self, now_s: float, num_decodes: int, decode_context: int, iterations: int
     ) -> list[float]:
         """As one iteration: replay goes one by one."""
         del num_decodes, decode_context, iterations
-        return [now_s, self._end_s.get(now_s, now_s + 1.0)]
+        return [now_s, self._after(now_s)]
+
+    def _after(self, now_s: float) -> float:
+        beyond_s = self._beyond_s if self._beyond_s > now_s else now_s + 1.0
+        return self._end_s.get(now_s, beyond_s)

@@ -13,6 +13,7 @@ from sim.engine import ReplicaLimits
 from sim.models.work import IterationShape
 from sim.policies.batching.base import DECODE, ONE_BY_ONE, Batch, Batching, Wake
 from sim.processes.exact_time import ExactEnvironment
+from sim.processes.feed import Feed
 from sim.processes.pace import Pace
 from sim.recorder import Recorder
 from sim.requests import Request, RequestView
@@ -41,6 +42,8 @@ class News(NamedTuple):
     apply: Callable[[], object]
     always: bool
     """Whether it ends every decode stretch."""
+    arrival: tuple[int, int] | None = None
+    """Request that arrived, and the tokens that it has."""
 
 
 class Replica:
@@ -86,25 +89,38 @@ class Replica:
         self._unseen: deque[News] | None = deque() if schedules_ahead else None
         self._decided_s = 0.0
         """Start of the last iteration: when the decision at its end was taken, if ahead."""
-        self.process = environment.process(self.serve())
+        self._serving = self.serve()
+        self.process = environment.process(self._serving)
 
-    def submit(self, request: Request) -> None:
-        """Take a request at its arrival. One that comes in mid-run ends the run at a boundary."""
+    def submit(self, request: Request, generated_tokens: int = 0) -> None:
+        """Take a request at its arrival. One that comes in mid-run ends the run at a boundary.
+
+        Args:
+            request: what has arrived.
+            generated_tokens: of its answer, which a replica that died had handed out.
+        """
         self.recorder.arrived(request)
-        self.notice(partial(self.state.submit, request), always=False)
+        self.notice(
+            partial(self.state.submit, request, generated_tokens), always=False,
+            arrival=(request.request_id, generated_tokens),
+        )  # fmt: skip
 
-    def notice(self, apply: Callable[[], object], *, always: bool = True) -> None:
+    def notice(
+        self, apply: Callable[[], object], *, always: bool = True,
+        arrival: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
         """Take something that comes from outside: the next decision sees it.
 
         Args:
             apply: makes it part of the state.
             always: whether it ends every decode stretch, or as an arrival only some.
+            arrival: of which request, and the tokens that it has; None: of none.
         """
         later = 0
         if self._unseen is None or self._idle is not None:
             apply()
         else:
-            self._unseen.append(News(self.environment.now, apply, always))
+            self._unseen.append(News(self.environment.now, apply, always, arrival))
             later = 1
         if self._idle is not None:
             self._idle.succeed()
@@ -146,7 +162,10 @@ class Replica:
         """The main loop, from one decision to the next."""
         state, environment = self.state, self.environment
         if self.pace.start_s is not None:
-            yield environment.decision(self.pace.start_s)
+            yield environment.decision(max(self.pace.start_s, environment.now))
+        elif environment.now > 0:
+            # One that begins in mid-run sees who arrives at this very instant, as at any boundary.
+            yield environment.boundary(environment.now)
         while True:
             if self.pace.takes_turns:
                 yield environment.decision(environment.now)  # after those who waited for it
@@ -175,6 +194,38 @@ class Replica:
                 self._see(idle=True)
             else:
                 yield self._sleep()
+
+    def die(self) -> dict[int, int]:
+        """End for ever, now, before any boundary of this instant: what is under way is lost.
+
+        Returns:
+            The requests that were here, each with the tokens of its answer that were handed out.
+        """
+        self._serving.close()
+        now, state, recorder = self.environment.now, self.state, self.recorder
+        ahead = 0  # decode iterations that `state` counts and that are lost
+        if self._boundaries:
+            passed = max(bisect_left(self._boundaries, now) - 1, 0)
+            self._settle(passed)
+            if passed:
+                recorder.repeat(passed)
+                recorder.passed(self._boundaries[: passed + 1])
+            else:
+                recorder.undo(passed=False)
+        elif recorder.ends_after(now):
+            ahead = int(recorder.undo(passed=True))
+        had = {view.request_id: view.generated_tokens for view in state.waiting}
+        had |= dict(news.arrival for news in self._unseen or () if news.arrival is not None)
+        for seat in state.seats():
+            request_id = seat.request.request_id
+            had[request_id] = seat.request.output_tokens - seat.tokens_left
+            if seat.joined >= 0:
+                count = state.steps - seat.joined - ahead
+                recorder.run(request_id, seat.first_iteration, count)
+                had[request_id] += 1 + count
+        for request_id in had:
+            recorder.event(request_id, now, State.lost)
+        return had
 
     def _sleep(self) -> Event:
         instant_s = self.pace.wakes_s(self.environment.now)
@@ -294,46 +345,6 @@ class Replica:
             f"policy {name} at {self.environment.now} s: {problem} (free blocks "
             f"{state.free_blocks}, running {state.num_running}, {state.limits}); mend the policy"
         )
-
-
-Submit = Callable[[Request], None]
-"""Takes a request at its arrival."""
-
-
-def _nowhere(request: Request) -> None:
-    raise AssertionError(f"request {request.request_id} came before the feed began")
-
-
-class Feed:
-    """Hands out a source's requests at their arrivals; in a closed loop, after an answer."""
-
-    def __init__(self, environment: ExactEnvironment, source: Source) -> None:
-        self._environment, self._source = environment, source
-        self._submit: Submit = _nowhere
-
-    def start(self, submit: Submit) -> None:
-        """Begin to submit; after the executor's own processes, which sleep at the first arrival."""
-        self._submit = submit
-        self._environment.process(self._arrivals())
-
-    def answered(self, request_id: int, instant_s: float) -> None:
-        """A request has its last token; in a closed loop its client now issues the next one."""
-        following = self._source.after(request_id, instant_s)
-        if following is None:
-            return
-        if following.arrival_s <= instant_s:
-            self._submit(following)
-        else:
-            self._environment.process(self._arrive(following))
-
-    def _arrive(self, request: Request) -> Generator[Event, Any, None]:
-        yield self._environment.arrival(request.arrival_s)
-        self._submit(request)
-
-    def _arrivals(self) -> Generator[Event, Any, None]:
-        for request in self._source.initial():
-            yield self._environment.arrival(request.arrival_s)
-            self._submit(request)
 
 
 def simulate(

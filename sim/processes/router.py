@@ -10,8 +10,9 @@ from sim.engine import ReplicaLimits
 from sim.policies.batching.base import Batching
 from sim.policies.routing.base import Routing, checked_choice
 from sim.processes.exact_time import ExactEnvironment
+from sim.processes.feed import Feed
 from sim.processes.pace import Pace
-from sim.processes.replica import Feed, Replica
+from sim.processes.replica import Replica
 from sim.recorder import Choice, Recorder, RouteRecorder
 from sim.requests import Request
 from sim.state.router_state import RouterState

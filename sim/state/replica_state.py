@@ -126,10 +126,14 @@ class ReplicaState:
             blocks -= self._prefixes.shared_blocks(request_ids)
         return blocks
 
-    def submit(self, request: Request) -> None:
-        """Queue a request that has arrived."""
+    def submit(self, request: Request, generated_tokens: int = 0) -> None:
+        """Queue a request that has arrived, or comes from a replica that died in mid-answer."""
         self._requests[request.request_id] = request
-        self.waiting.append(request.view())
+        self.waiting.append(request.view(generated_tokens))
+
+    def seats(self) -> list[Seat]:
+        """Of all running requests, in order of admission."""
+        return list(self._seats.values())
 
     def admit(self, request_id: int) -> int:
         """Seat a waiting request; returns the tokens of its prompt that the cache spares it."""

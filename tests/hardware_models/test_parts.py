@@ -20,6 +20,7 @@ ALL_PARTS = [(kind, name) for kind in KINDS for name in names(kind)]
 GPUS = [
     "a100_80g", "a10g", "a40", "a800_80g", "h100_sxm", "h20",
     "h200", "h800_sxm", "l20", "l40s", "rtx_4090", "rtx_pro_6000",
+    "rtx_pro_6000_workstation",
 ]  # fmt: skip
 COMPOSED = {"name", "num_gpus", "num_nics", "source", "price", "proxy_of", "proxy_rule"}
 
@@ -93,6 +94,16 @@ def test_export_gpu_computes_as_its_original(cut, whole, differing):
 def test_export_node_has_the_slower_nvlink(cut, whole, nvlink):
     assert load_node(f"{cut}_x8").peer_link.bandwidth_bytes_per_s == 200e9
     assert load_node(f"{whole}_x8").peer_link.bandwidth_bytes_per_s == nvlink
+
+
+def test_clocks_agree_with_the_fp32_rates():
+    """Two operations a cycle of 128 lanes an SM, of 64 on the A100's chip."""
+    for name in names("gpu"):
+        peak = load_gpu(name).peak
+        if peak.boost_clock_hz is not None:
+            lanes = 64 if name in ("a100_80g", "a800_80g") else 128
+            rate = 2 * lanes * peak.sm_count * peak.boost_clock_hz
+            assert rate == pytest.approx(peak.flops_per_s["fp32"], rel=0.01), name
 
 
 def test_proxies_are_gpus_that_need_no_proxy():

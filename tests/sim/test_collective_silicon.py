@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 
 from hardware_models.parts import load_gpu, load_node
+from sim.costs.alpha_beta import Hop
 from sim.costs.collective_costs import measured_collectives
 from sim.costs.collective_silicon import read_silicon, release, silicon_gpus
 from sim.costs.collective_tables import CollectiveTable, Measured, Source
-from sim.costs.expert_all_to_all import PHASES, exchanged_bytes, fit_expert_links, read_deepep
+from sim.costs.expert_all_to_all import (
+    PHASES,
+    ExpertLinks,
+    exchanged_bytes,
+    fit_expert_links,
+    read_deepep,
+)
 from sim.costs.link_collectives import NCCL, fit_library
 
 pytestmark = pytest.mark.skipif(
@@ -177,6 +184,15 @@ def test_two_hops_explain_deepeps_table_and_its_largest_runs_from_the_smaller(ph
     assert np.median(np.abs(errors)) <= 0.10
     ports = load_node("h100_sxm_x8").nic_link.bandwidth_bytes_per_s
     assert 0.8 * ports < smaller.between.bytes_per_s < 1.1 * ports
+
+
+def test_a_slower_gpu_link_slows_only_what_it_holds_up():
+    hop = Hop(latency_s=1e-5, bytes_per_s=200e9)
+    links = ExpertLinks(inside=hop, between=hop)
+    for ratio, expected in ((1.0, 200e9), (0.9, 200e9), (0.5, 125e9)):
+        other = links.with_gpu_link(ratio, reached_bytes_per_s=250e9)
+        assert other.inside == Hop(latency_s=1e-5, bytes_per_s=expected)
+        assert other.between == hop
 
 
 def test_deepep_is_refused_where_it_was_not_measured():

@@ -50,10 +50,26 @@ def test_beyond_the_grid_the_nearest_ratio_goes_on(rows: list[tuple[int, float]]
     assert known.at(low[0] - 0.5) == Reading(low[1], False, False)
 
 
-def test_between_two_points_ratios_are_linear_in_the_logarithm() -> None:
-    known = table([(0, 1.0), (3, 2.0), (15, 6.0)])
-    assert known.at(1) == Reading(pytest.approx(1.5), True, False)
+def test_between_two_points_a_power_of_the_axis_is_met() -> None:
+    """Ratio and axis are both read by their logarithms, the axis of one more than it."""
+    known = table([(0, 1.0), (3, 2.0), (15, 8.0)])
+    assert known.at(1) == Reading(pytest.approx(2**0.5), True, False)
     assert known.at(7) == Reading(pytest.approx(4.0), True, False)
+
+
+@given(grids(), st.tuples(*[st.floats(0, 6000)] * 3))
+def test_ratios_of_the_inverse_are_the_inverse(
+    grid: dict[tuple[int, int, int], float], point: tuple[float, float, float]
+) -> None:
+    """Whether the model is divided by the measurement or the other way round is the same."""
+    inverse = of({at: 1 / ratio for at, ratio in grid.items()})
+    assert inverse.at(*point).ratio == pytest.approx(1 / of(grid).at(*point).ratio)
+
+
+@pytest.mark.parametrize("ratio", [0.0, -1.0, float("nan")])
+def test_a_measurement_that_took_no_time_is_refused(ratio: float) -> None:
+    with pytest.raises(ValueError, match=r"point \(1, 2\) took no time"):
+        table([(1, 1, 0.5), (1, 2, ratio)])
 
 
 def test_a_point_that_is_measured_twice_is_refused() -> None:

@@ -106,8 +106,9 @@ def test_decode_stretches_give_what_single_iterations_give(
 @settings(max_examples=20)
 @given(case=cases(closed=False, prefixes=None), count=st.integers(2, 4))
 def test_replay_gives_every_decision_again(name: str, case: Case, count: int) -> None:
-    trace = run(case, POLICIES[name], count, transport=NEVER_TIES, one_by_one=True)
-    paces = [Replayed.of(of_replica(trace, at)) for at in range(count)]
+    costed: list[Pace] = [Costed(Slower(case.cost, at)) for at in range(count)]
+    trace = run(case, POLICIES[name], count, transport=NEVER_TIES, paces=costed, one_by_one=True)
+    paces: list[Pace] = [Replayed.of(of_replica(trace, at)) for at in range(count)]
     again = run(
         case, POLICIES[name], count, paces=paces, log=HandOverLog.of(trace), one_by_one=True
     )

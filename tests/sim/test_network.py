@@ -207,3 +207,21 @@ def test_unknown_devices_and_links_are_refused_with_what_there_is():
         net.set_capacity("gpu0", "gpu_switch", -1)
     with pytest.raises(ValueError, match="must be from 0 to 7"):
         net.transfer_all([0], [8], 1.0)
+
+
+@pytest.mark.parametrize(("stops_s", "outage_s"), [(0.0, 3.0), (4.0, 0.5), (9.75, 100.0)])
+def test_a_link_that_stops_and_comes_back_delays_a_transfer_by_exactly_the_outage(
+    stops_s, outage_s
+):
+    net = network([10.0, 20.0])
+    transfer = net.send(rows((0, 1)), 100.0)
+
+    def outage():
+        yield net.environment.timeout(stops_s)
+        net.set_link_capacity(2, 0.0)
+        yield net.environment.timeout(outage_s)
+        net.set_link_capacity(2, 20.0)
+
+    net.environment.process(outage())
+    net.environment.run()
+    assert transfer.arrives_s == pytest.approx(100 / 10 + outage_s, rel=EXACT)

@@ -21,6 +21,7 @@ from sim.api import check, run
 from sim.costs.base import StagedCost, decode_shape
 from sim.decision_rows import canonical, expand
 from sim.engine import Engine, ReplicaLimits
+from sim.faults import Fault, Kind, Part
 from sim.lanes import covered_s, lane_limits, num_lanes
 from sim.metrics import request_times
 from sim.models.work import IterationShape
@@ -234,11 +235,11 @@ def test_lanes_share_seats_and_blocks_and_keep_the_token_budget() -> None:
 def test_how_many_batches_are_in_flight() -> None:
     assert num_lanes(None, 4) == 4
     assert num_lanes(1, 4) == 1
-    assert num_lanes(None, 4, moves_kv=True) == 1
+    assert num_lanes(None, 4, one_for="faults") == 1
     with pytest.raises(ValueError, match="batches_in_flight=3 must not exceed pp_size=2"):
         num_lanes(3, 2)
-    with pytest.raises(ValueError, match="batches_in_flight=2 must be 1 or null"):
-        num_lanes(2, 2, moves_kv=True)
+    with pytest.raises(ValueError, match="batches_in_flight=2 must be 1 or null with faults"):
+        num_lanes(2, 2, one_for="faults")
 
 
 def test_a_replica_is_busy_while_any_of_its_lanes_is() -> None:
@@ -306,10 +307,18 @@ def test_what_lanes_cannot_do_is_refused_or_said() -> None:
         check(pipelined(policy=Policies(routing=LeastLoaded()), engine=alone))
 
 
+def test_replicas_with_faults_keep_one_batch_and_say_so() -> None:
+    slow = [Fault(part=Part.gpu, kind=Kind.slow, factor=2.0, at_s=1.0)]
+    with pytest.warns(UserWarning, match="with faults a replica keeps one batch in flight"):
+        assert check(pipelined(faults=slow)).lanes == 1
+    with pytest.raises(ValueError, match="batches_in_flight=2 must be 1 or null with faults"):
+        check(pipelined(faults=slow, engine=Engine(batches_in_flight=2)))
+
+
 def test_instances_that_move_kv_keep_one_batch_and_say_so() -> None:
     apart = Policies(instance_plan=PrefillDecode(), routing=RoundRobin())
     four = {"node": load_node("a100_80g_x4"), "num_replicas": 2, "policy": apart}
-    with pytest.warns(UserWarning, match="keep one batch in flight"):
+    with pytest.warns(UserWarning, match="keeps one batch in flight"):
         assert check(pipelined(**four)).lanes == 1
     check(pipelined(**four, engine=Engine(batches_in_flight=1)))
     with pytest.raises(ValueError, match="batches_in_flight=2 must be 1 or null"):

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from serving_cases import (
+    CONTEXT,
     POLICIES,
     TABLES,
     Case,
@@ -19,9 +20,13 @@ from serving_cases import (
 
 from sim.models.work import IterationShape
 from sim.policies.batching.continuous import Continuous
+from sim.processes.exact_time import ExactEnvironment
+from sim.processes.pace import Costed
+from sim.processes.replica import Replica
 from sim.recorder import Recorder
 from sim.trace import SPANS, State, Trace
 from sim.trace_files import load_trace
+from sim.workload.source import Source
 
 
 @pytest.fixture
@@ -116,3 +121,23 @@ def test_shapes_in_decisions_are_those_of_the_work(trace: Trace) -> None:
     rows = np.stack([trace.decisions[name] for name in IterationShape._fields], axis=1)
     first = IterationShape.of([(4, 0)], (), 1)
     assert rows[0].tolist() == list(first)
+
+
+@settings(max_examples=10)
+@given(case=cases(prefixes=None))
+def test_a_trace_put_together_from_news_is_the_same(case: Case) -> None:
+    """As a router does that is sent what a replica has done, iteration by iteration."""
+    for policy in POLICIES.values():
+        environment = ExactEnvironment()
+        replica = Replica(
+            environment, policy, case.limits, Costed(case.cost), one_by_one=True
+        )  # fmt: skip
+        for request in Source(case.workload, 0, CONTEXT).initial():
+            replica.submit(request)
+        known: dict[str, int] = {}
+        copy = Recorder()
+        while environment.peek() < float("inf"):
+            environment.step()
+            copy.take(replica.recorder.news(known))
+        assert_equal_traces(copy.trace(), replica.recorder.trace())
+        assert replica.recorder.news(known) == {}

@@ -45,7 +45,7 @@ class PrefillDecode(InstancePlan):
     def hand_over(self, memory: Any, request: RequestView, view: RouterView) -> int:
         """Where the fewest tokens are outstanding; of several, the first."""
         del memory, request
-        return lightest(view.outstanding_tokens)
+        return lightest(view.outstanding_tokens, view.live)
 
     def fetch(self, memory: Any, handed: Sequence[RequestView], view: FetchView) -> int:
         """First come, first served, while there are seats, and blocks above the watermark."""

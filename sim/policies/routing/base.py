@@ -21,6 +21,16 @@ class RouterView(Protocol):
         ...
 
     @property
+    def live(self) -> Sequence[int]:
+        """Replicas that serve, as far as the router knows, in order; at least one."""
+        ...
+
+    @property
+    def deaths(self) -> Sequence[int]:
+        """How often each replica has died: one that came back began with empty caches."""
+        ...
+
+    @property
     def pool_tokens(self) -> int:
         """Tokens that the KV pool of one replica holds."""
         ...
@@ -57,7 +67,7 @@ def checked_choice(
     """What a rule chooses, for both panels.
 
     Raises:
-        ValueError: there is no such replica.
+        ValueError: there is no such replica, or it is dead.
     """
     replica = routing.choose(memory, request, view)
     require_one_of(view, replica, routing, request, now_s)
@@ -77,6 +87,12 @@ def require_one_of(
             f"policy {type(policy).__name__} at {now_s} s: request {request.request_id}: "
             f"replica={replica!r} is chosen and there are replicas 0 to {view.num_replicas - 1}; "
             "mend the policy"
+        )
+    if replica not in view.live:
+        raise ValueError(
+            f"policy {type(policy).__name__} at {now_s} s: request {request.request_id}: "
+            f"replica={replica} is chosen and is dead; those in view.live={list(view.live)} "
+            "serve; mend the policy"
         )
 
 

@@ -28,4 +28,5 @@ class LeastLoaded(Routing):
         """Where the load is smallest now."""
         del memory, request
         tokens = self.by is Load.tokens
-        return lightest(view.outstanding_tokens if tokens else view.outstanding_requests)
+        loads = view.outstanding_tokens if tokens else view.outstanding_requests
+        return lightest(loads, view.live)

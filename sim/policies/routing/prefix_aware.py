@@ -21,6 +21,8 @@ class Sent:
     """What went where."""
 
     replicas: list[Seen] = field(default_factory=list[Seen])
+    deaths: list[int] = field(default_factory=list[int])
+    """How often each replica had died then."""
 
 
 @dataclass(kw_only=True)
@@ -59,14 +61,16 @@ class PrefixAware(Routing):
         replicas: list[Seen] = memory.replicas
         while len(replicas) < view.num_replicas:
             replicas.append(OrderedDict())
-        loads = view.outstanding_requests
-        chosen = lightest(loads)
-        if not self._out_of_balance(max(loads), min(loads)):
-            known = [_known(seen, request.prefix_hashes) for seen in replicas]
-            longest = max(known)
+            memory.deaths.append(0)
+        _forget_the_dead(memory, view)
+        live, loads = view.live, view.outstanding_requests
+        chosen = lightest(loads, live)
+        if not self._out_of_balance(max(loads[at] for at in live), loads[chosen]):
+            known = {at: _known(replicas[at], request.prefix_hashes) for at in live}
+            longest = max(known.values())
             tokens = longest * request.hash_block_tokens
             if longest and tokens >= self.match_share * request.prompt_tokens:
-                best = [at for at, count in enumerate(known) if count == longest]
+                best = [at for at, count in known.items() if count == longest]
                 chosen = lightest(loads, best)
         room = int(self.pool_share * view.pool_tokens / request.hash_block_tokens)
         _remember(replicas[chosen], request.prefix_hashes, room)
@@ -75,6 +79,14 @@ class PrefixAware(Routing):
     def _out_of_balance(self, most: int, least: int) -> bool:
         apart = most - least > self.imbalance_requests
         return apart and most > self.imbalance_ratio * least
+
+
+def _forget_the_dead(memory: Sent, view: RouterView) -> None:
+    """What was sent to a replica went with it when it died."""
+    for at, deaths in enumerate(view.deaths):
+        if deaths != memory.deaths[at]:
+            memory.replicas[at].clear()
+            memory.deaths[at] = deaths
 
 
 def _known(seen: Seen, hashes: tuple[int, ...]) -> int:

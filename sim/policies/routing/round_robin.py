@@ -16,7 +16,7 @@ class Turn:
 
 @dataclass(kw_only=True)
 class RoundRobin(Routing):
-    """The next replica in a circle."""
+    """The next replica in a circle; a dead one is passed over."""
 
     def init(self) -> Any:
         """The first request goes to replica 0."""
@@ -26,5 +26,7 @@ class RoundRobin(Routing):
         """Whose turn it is, whatever the request."""
         del request
         chosen = memory.replica
+        while chosen not in view.live:
+            chosen = (chosen + 1) % view.num_replicas
         memory.replica = (chosen + 1) % view.num_replicas
         return chosen

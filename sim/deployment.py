@@ -1,0 +1,117 @@
+"""Simulates one seed of a scenario: which executor its replicas, plan and faults ask for."""
+
+import warnings
+from functools import partial
+
+from sim.costs.fitted import Fitted
+from sim.faults import Part, outages
+from sim.models.split import stage_layers
+from sim.placement import place
+from sim.policies.instance_plan.base import phases
+from sim.processes.failover import Failures, simulate_failures
+from sim.processes.hand_over import simulate_hand_over
+from sim.processes.kv_moves import NetworkTransport
+from sim.processes.pace import Costed, Pace
+from sim.processes.pipeline import Pipeline, lanes_of
+from sim.processes.replica import simulate
+from sim.processes.router import Engines, simulate_replicas
+from sim.processes.slowed import slowed_paces
+from sim.scenario import Scenario
+from sim.setup import Setup
+from sim.trace import Trace
+from sim.workload.source import Source
+
+
+def simulate_seed(scenario: Scenario, setup: Setup, seed: int) -> Trace:
+    """The trace of one run; see `sim.api.check` for what cannot run."""
+    source = Source(scenario.workload, seed, setup.max_model_tokens)
+    policy, ahead = scenario.policy, scenario.engine.schedules_ahead
+    if any(one.kills for one in scenario.faults):
+        trace = _with_deaths(scenario, setup, source)
+    elif scenario.num_replicas * setup.lanes == 1:
+        trace = simulate(
+            source, policy.batching, setup.limits, _paces(scenario, setup)[0], schedules_ahead=ahead
+        )
+    else:
+        engines = Engines(
+            batching=policy.batching, limits=setup.limits, paces=_paces(scenario, setup),
+            schedules_ahead=ahead,
+        )  # fmt: skip
+        if separates_phases(scenario):
+            transport = partial(NetworkTransport, placement=place(scenario))
+            trace = simulate_hand_over(
+                source, policy.routing, policy.instance_plan, engines, transport,
+                setup.kv_bytes_per_token,
+            )  # fmt: skip
+        else:
+            trace = simulate_replicas(source, policy.routing, engines)
+    _warn_of_late_faults(scenario, trace)
+    return trace
+
+
+def separates_phases(scenario: Scenario) -> bool:
+    """Whether requests are prefilled on some replicas and decoded on others.
+
+    Raises:
+        ValueError: the plan cannot group so many replicas.
+    """
+    return bool(phases(scenario.policy.instance_plan, scenario.num_replicas)[1])
+
+
+def check_deployment(scenario: Scenario, setup: Setup) -> None:
+    """Refuse replicas that have no place, and faults that nobody can simulate.
+
+    Raises:
+        ValueError: what is wrong, with the value, the rule and the way out.
+    """
+    apart = separates_phases(scenario)
+    if apart or scenario.cluster is not None:
+        place(scenario)
+    for one in scenario.faults:
+        if apart and one.kills:
+            raise ValueError(
+                f"{one}: replicas that hand requests over do not die here; take "
+                "policy/instance_plan=colocated, or kind=slow"
+            )
+        inside = one.part is Part.link or (scenario.pp_size > 1 and one.part is Part.gpu)
+        if isinstance(setup.cost, Fitted) and inside:
+            raise ValueError(
+                f"{one}: cost=fitted measures iterations as a whole, and does not know what part "
+                "of them that is; take part=node, or another cost"
+            )
+
+
+def _paces(scenario: Scenario, setup: Setup) -> list[Pace]:
+    """One a lane of every replica; the lanes of a replica share its stages."""
+    if setup.lanes > 1:
+        stages = stage_layers(setup.architecture.num_layers, scenario.pp_size)
+        layers = [len(stage) for stage in stages]
+        pipelines = [Pipeline(setup.cost, layers) for _ in range(scenario.num_replicas)]
+        return [*lanes_of(pipelines, setup.lanes)]
+    if not scenario.faults:
+        return [Costed(setup.cost)] * scenario.num_replicas
+    return slowed_paces(
+        scenario.faults, setup.cost, scenario.num_replicas, setup.architecture.num_layers,
+        (scenario.tp_size, scenario.pp_size),
+    )  # fmt: skip
+
+
+def _with_deaths(scenario: Scenario, setup: Setup, source: Source) -> Trace:
+    paces = _paces(scenario, setup)
+    return simulate_failures(
+        source, scenario.policy.routing, scenario.policy.batching, setup.limits,
+        lambda number, life: paces[number],
+        Failures.detected(outages(scenario.faults), scenario.detection_s),
+        num_replicas=scenario.num_replicas,
+        schedules_ahead=scenario.engine.schedules_ahead,
+    )  # fmt: skip
+
+
+def _warn_of_late_faults(scenario: Scenario, trace: Trace) -> None:
+    if not scenario.faults:
+        return
+    end_s = float(trace.iterations["end_s"].max())
+    for one in scenario.faults:
+        if one.at_s >= end_s:
+            text = f"{one} at at_s={one.at_s} has no effect: the last answer ends at {end_s:.4g} s"
+            warnings.warn(f"{text}; move it, or ask for more", stacklevel=5)
