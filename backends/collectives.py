@@ -7,7 +7,7 @@ makes of it on the wire is not payload.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from backends.emulated_link import EmulatedLink
 
+MAX_PENDING = 64
+"""Sends to each other rank whose tensors are kept; gloo tells of a send's end only who waits."""
 BACKEND = "cpu:gloo,cuda:nccl"
 """A tensor's device decides: numbers of a decision stay on the CPU whatever the model runs on."""
 
@@ -102,7 +104,7 @@ class Collectives:
         self.place = self.ranks.index(dist.get_rank()) if self._is_member else -1
         """This rank's place in the group; -1: it is in none."""
         self._link = link
-        self._pending: list[tuple[Any, Tensor]] = []
+        self._pending: deque[tuple[Any, Tensor]] = deque()
         if self._is_member:
             self._warm({torch.device("cpu"), torch.device(device)})
 
@@ -192,7 +194,8 @@ class Collectives:
         """
         self._require_other(to)
         self.tally.add(name, "send_receive", tensor, self.ranks[to])
-        self._pending = [(work, kept) for work, kept in self._pending if not work.is_completed()]
+        while len(self._pending) > MAX_PENDING * self.size:
+            self._pending.popleft()[0].wait()
         tensor = tensor.contiguous()
         if self._link is not None:
             self._post(self._link.stamp(tensor, to), to)

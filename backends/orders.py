@@ -27,6 +27,7 @@ class Kind(IntEnum):
     new_cache = 1
     warm_up = 2
     step = 3
+    free = 4
 
 
 class Order(NamedTuple):
@@ -34,38 +35,47 @@ class Order(NamedTuple):
 
     kind: Kind
     first: Sequence[int] = ()
-    """new_cache: blocks and their size. warm_up: numbers of tokens. step: requests to free."""
+    """new_cache: blocks, their size and the number of caches. warm_up: numbers of tokens. step and
+    free: requests to free."""
     second: Sequence[int] = ()
     """warm_up: numbers of sampled positions. step: request, start, tokens, sample of each chunk."""
     third: Sequence[int] = ()
     """step: the tokens of all chunks."""
+    lane: int = 0
+    """step and free: whose cache; each batch in flight has one."""
 
 
 def tell(group: Collectives, order: Order) -> None:
-    """Send an order from the first rank of a group to the others."""
+    """Send an order from the first rank of a group to the others, and go on.
+
+    A broadcast would wait until all have heard it, and a rank that computes another batch hears
+    nothing.
+    """
     parts = (order.first, order.second, order.third)
-    header = torch.tensor([order.kind, *map(len, parts)])
-    group.broadcast(header, NAME)
-    if body := [number for part in parts for number in part]:
-        group.broadcast(torch.tensor(body), NAME)
+    header = torch.tensor([order.kind, order.lane, *map(len, parts)])
+    body = torch.tensor([number for part in parts for number in part])
+    for place in range(1, group.size):
+        group.send(header, NAME, place)
+        if len(body):
+            group.send(body, NAME, place)
 
 
 def hear(group: Collectives) -> Order:
     """Wait for the next order."""
-    header = torch.empty(4, dtype=torch.int64)
-    kind, *lengths = group.broadcast(header, NAME).tolist()
+    header = torch.empty(5, dtype=torch.int64)
+    kind, lane, *lengths = group.receive(header, 0).tolist()
     body: list[int] = []
     if total := sum(lengths):
-        body = group.broadcast(torch.empty(total, dtype=torch.int64), NAME).tolist()
+        body = group.receive(torch.empty(total, dtype=torch.int64), 0).tolist()
     ends = [sum(lengths[:count]) for count in range(4)]
-    return Order(Kind(kind), *(body[ends[at] : ends[at + 1]] for at in range(3)))
+    return Order(Kind(kind), *(body[ends[at] : ends[at + 1]] for at in range(3)), lane=lane)
 
 
-def step(chunks: Sequence[Chunk], freed: Sequence[int]) -> Order:
+def step(chunks: Sequence[Chunk], freed: Sequence[int], lane: int = 0) -> Order:
     """The order to compute chunks, after requests gave their blocks back."""
     rows = [(c.request_id, c.start, len(c.token_ids), int(c.sample)) for c in chunks]
     tokens = [token for chunk in chunks for token in chunk.token_ids]
-    return Order(Kind.step, freed, [number for row in rows for number in row], tokens)
+    return Order(Kind.step, freed, [number for row in rows for number in row], tokens, lane)
 
 
 def chunks_of(order: Order) -> list[Chunk]:

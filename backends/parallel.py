@@ -1,7 +1,8 @@
 """A replica on several ranks: tensor parallel within a stage, stages one after another.
 
 The first rank runs the replica's loop as on one device and tells the others what to compute; each
-has its share of weights and KV. One batch is in flight: a stage waits while the others compute.
+has its share of weights and KV. Several batches may be in flight (`backends/pipeline.py`), each
+with caches of its own.
 """
 
 from __future__ import annotations
@@ -64,25 +65,36 @@ class Stage:
         if share.tp_size > 1:
             peers = TensorParallel(stages[share.stage], config.vocab_size)
         self.model = Transformer(config, weights, device, peers=peers)
-        self.new_cache(1, 1)
+        self.new_caches(1, 1)
 
-    def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
-        """Begin anew when all ranks do: an empty cache, an unused sampler, nothing sent."""
-        self.cache = self.model.new_cache(num_blocks, block_size)
+    def new_caches(self, num_blocks: int, block_size: int, count: int = 1) -> list[PagedKVCache]:
+        """Begin anew when all ranks do: empty caches, an unused sampler, nothing sent.
+
+        Args:
+            num_blocks: of each cache.
+            block_size: tokens a block.
+            count: one for each batch in flight.
+        """
+        self.caches = [self.model.new_cache(num_blocks, block_size) for _ in range(count)]
         self.sampler = deepcopy(self._first_sampler)
         self.control.all_reduce(torch.zeros(1), orders.NAME)
+        self.control.flush()
+        self.world.flush()
         self.tally.clear()
-        return self.cache
+        return self.caches
 
     @property
     def samples(self) -> bool:
         """Whether it draws the tokens: the first rank of the last stage."""
         return self.share.is_last and self.share.place == 0
 
-    def compute(self, chunks: Sequence[Chunk], sampler: Sampler | None = None) -> list[int]:
+    def compute(
+        self, chunks: Sequence[Chunk], sampler: Sampler | None = None, lane: int = 0
+    ) -> list[int]:
         """This stage's part of a forward pass; the tokens on the rank that samples, else none."""
-        batch = ForwardBatch.build(self.cache, chunks)
-        output = self.model.forward(batch, self.cache, self._received(batch))
+        cache = self.caches[lane]
+        batch = ForwardBatch.build(cache, chunks)
+        output = self.model.forward(batch, cache, self._received(batch))
         if not self.share.is_last:
             self.world.send(output, "hidden_states", self.share.rank + self.share.tp_size)
             return []
@@ -94,26 +106,27 @@ class Stage:
             order = orders.hear(self.control)
             match order.kind:
                 case Kind.stop:
-                    self._free(order.first)
                     self.world.flush()
                     return
+                case Kind.free:
+                    self._free(order)
                 case Kind.new_cache:
-                    self.new_cache(*order.first)
+                    self.new_caches(*order.first)
                 case Kind.warm_up:
                     self.model.warm_up(order.first, order.second)
                 case Kind.step:
                     self._step(order)
 
-    def _free(self, request_ids: Sequence[int]) -> None:
-        for request_id in request_ids:
-            self.cache.free(request_id)
+    def _free(self, order: Order) -> None:
+        for request_id in order.first:
+            self.caches[order.lane].free(request_id)
 
     def _step(self, order: Order) -> None:
-        self._free(order.first)
-        chunks = orders.chunks_of(order)
+        self._free(order)
+        chunks, cache = orders.chunks_of(order), self.caches[order.lane]
         for chunk in chunks:
-            self.cache.allocate(chunk.request_id, chunk.start + len(chunk.token_ids))
-        tokens = self.compute(chunks)
+            cache.allocate(chunk.request_id, chunk.start + len(chunk.token_ids))
+        tokens = self.compute(chunks, lane=order.lane)
         if self.samples:
             # Without a token it says all the same that the last stage is done.
             name = "tokens" if tokens else "done"
@@ -134,17 +147,23 @@ class Driver:
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
-        self._freed: list[int] = []
+        self._freed: list[list[int]] = [[]]
+        """Of each cache, what the others are still to free."""
         self.config = stage.model.config
         self.device, self.max_context = stage.model.device, stage.model.max_context
 
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
         """See `Executor`. What was counted before is forgotten, on all ranks."""
-        self._tell(Order(Kind.new_cache, (num_blocks, block_size)))
-        self._freed.clear()
-        cache = self._stage.new_cache(num_blocks, block_size)
-        cache.on_free = self._freed.append
-        return cache
+        return self.new_caches(num_blocks, block_size, 1)[0]
+
+    def new_caches(self, num_blocks: int, block_size: int, count: int) -> list[PagedKVCache]:
+        """As `new_cache`, one for each batch in flight."""
+        self._tell(Order(Kind.new_cache, (num_blocks, block_size, count)))
+        caches = self._stage.new_caches(num_blocks, block_size, count)
+        self._freed = [[] for _ in caches]
+        for cache, freed in zip(caches, self._freed, strict=True):
+            cache.on_free = freed.append
+        return caches
 
     def warm_up(self, tokens: Iterable[int], sampled: Iterable[int]) -> None:
         """See `Executor`."""
@@ -156,21 +175,37 @@ class Driver:
         self, chunks: Sequence[Chunk], cache: PagedKVCache, sampler: Sampler
     ) -> list[int]:
         """See `Executor`. With several stages the last one's sampler draws, not this one."""
-        assert cache is self._stage.cache, "a rank has one cache at a time"
-        self._tell(orders.step(chunks, self._freed))
-        self._freed.clear()
-        tokens = self._stage.compute(chunks, sampler)
-        if self._stage.samples:
-            return tokens
-        wanted = sum(chunk.sample for chunk in chunks)
-        drawn = torch.empty(max(wanted, 1), dtype=torch.int64)
+        assert cache is self._stage.caches[0], "a rank has the caches that were made last"
+        tokens = self.begin(0, chunks, sampler)
+        return tokens if self.samples else self.collect(sum(chunk.sample for chunk in chunks))
+
+    @property
+    def samples(self) -> bool:
+        """Whether the first rank has the tokens as soon as it has computed: there is one stage."""
+        return self._stage.samples
+
+    def begin(
+        self, lane: int, chunks: Sequence[Chunk], sampler: Sampler | None = None
+    ) -> list[int]:
+        """Compute the first stage of a batch and send it on; the tokens, if that was the last."""
+        self._tell(orders.step(chunks, self._freed[lane], lane))
+        self._freed[lane].clear()
+        return self._stage.compute(chunks, sampler, lane)
+
+    def collect(self, count: int) -> list[int]:
+        """Wait for the tokens of the oldest batch that has been begun: so many of them."""
+        drawn = torch.empty(max(count, 1), dtype=torch.int64)
         last = self._stage.share.pp_size - 1
         self._stage.world.receive(drawn, self._stage.share.stage_ranks(last)[0])
-        return drawn[:wanted].tolist()
+        return drawn[:count].tolist()
 
     def stop(self) -> None:
         """Let the other ranks go, after the blocks that are still to be freed."""
-        self._tell(Order(Kind.stop, list(self._freed)))
+        for lane, freed in enumerate(self._freed):
+            if freed:
+                self._tell(Order(Kind.free, freed, lane=lane))
+        self._tell(Order(Kind.stop))
+        self._stage.control.flush()
         self._stage.world.flush()
 
     def _tell(self, order: Order) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,16 +16,20 @@ from backends.collectives import Sent
 from backends.emulated_link import EmulatedLink
 from backends.kv_cache import Corruption
 from backends.parallel import Driver, Stage
+from backends.pipeline import serve_lanes
 from backends.ranks import require_ranks, run_ranks
 from backends.sampling import Sampler
 from backends.serving import RANDOM, Served, require_model, serve
 from backends.shards import Share
 from backends.weights import TINY_CONFIG, load_model, random_model
 from sim.engine import ReplicaLimits
+from sim.lanes import lane_limits, num_lanes
 from sim.models.architecture import Architecture
 from sim.models.split import require_parallel
 from sim.policies.batching.base import Batching
 from sim.policies.registry import load_file, user_files
+from sim.policies.routing.base import Routing
+from sim.policies.routing.round_robin import RoundRobin
 from sim.requests import Request
 from sim.workload.base import Workload
 from sim.workload.source import Source
@@ -57,11 +61,25 @@ class ParallelRun:
     """A fault to put into the first rank's KV cache."""
     link: EmulatedLink | None = None
     """What deliveries between ranks are delayed by; None: nothing."""
+    batches_in_flight: int | None = None
+    """None: one a stage. Each has its share of the seats and blocks of `limits`."""
+    routing: Routing = field(default_factory=RoundRobin)
+    """Chooses the batch that serves a request, where several are in flight."""
 
     @property
     def size(self) -> int:
         """Ranks."""
         return self.tp_size * self.pp_size
+
+    @property
+    def lanes(self) -> int:
+        """Batches in flight."""
+        return num_lanes(self.batches_in_flight, self.pp_size)
+
+    @property
+    def lane_limits(self) -> ReplicaLimits:
+        """The limits of each."""
+        return lane_limits(self.limits, self.lanes)
 
 
 class ParallelServed(NamedTuple):
@@ -106,6 +124,7 @@ def serve_parallel(run: ParallelRun) -> ParallelServed:
     require_model(run.weights, run.device)
     require_ranks(run.size, run.device)
     require_parallel(architecture_of(run), run.tp_size, run.pp_size)
+    assert run.lane_limits.num_blocks > 0  # refuses shares that are none
     # Modules of a user's own policies are read again in each process before the run is.
     arguments = (user_files(), pickle.dumps(run))
     returned: list[_Returned] = run_ranks(_serve_rank, run.size, arguments, run.device)
@@ -143,10 +162,10 @@ def _serve_rank(rank: int, size: int, files: list[Path], pickled: bytes) -> _Ret
         served = _drive(stage, run)
     else:
         stage.follow()
-    cache = stage.cache
-    kv_bytes = (cache.written_bytes, cache.read_bytes, cache.freed_bytes)
+    counts = [(one.written_bytes, one.read_bytes, one.freed_bytes) for one in stage.caches]
+    written, read, freed = (sum(column) for column in zip(*counts, strict=True))
     drawn_by = (sampler if rank == 0 else stage.sampler) if stage.samples else None
-    return _Returned(served, kv_bytes, stage.tally.sent(), drawn_by)
+    return _Returned(served, (written, read, freed), stage.tally.sent(), drawn_by)
 
 
 def open_stage(run: ParallelRun, rank: int, sampler: Sampler) -> Stage:
@@ -166,10 +185,16 @@ def _drive(stage: Stage, run: ParallelRun) -> Served:
         assert run.prompts is not None
         return run.prompts[request.request_id]
 
-    served = serve(
-        driver, source, run.batching, run.limits, seed=run.seed,
-        prompts=None if run.prompts is None else prompt,
-        sampler=run.sampler, corruption=run.corruption,
-    )  # fmt: skip
+    prompts = None if run.prompts is None else prompt
+    if run.lanes == 1:
+        served = serve(
+            driver, source, run.batching, run.limits, seed=run.seed, prompts=prompts,
+            sampler=run.sampler, corruption=run.corruption,
+        )  # fmt: skip
+    else:
+        served = serve_lanes(
+            driver, source, run.batching, run.lane_limits, run.routing, run.lanes,
+            seed=run.seed, prompts=prompts, corruption=run.corruption,
+        )  # fmt: skip
     driver.stop()
     return served

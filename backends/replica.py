@@ -7,6 +7,7 @@ from its own tensors: free blocks from the owners of blocks, contexts from the s
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -30,6 +31,19 @@ from sim.workload.source import Source
 
 Prompts = Callable[[Request], list[int]]
 """The token ids of a request's prompt."""
+
+
+class Begun(NamedTuple):
+    """A batch that has been decided and not been computed yet."""
+
+    instant_s: float
+    """Of its decision."""
+    chunks: list[Chunk]
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that come of it."""
+        return sum(chunk.sample for chunk in self.chunks)
 
 
 class Replica:
@@ -161,6 +175,21 @@ class Replica:
             start: the clock's reading at t = 0.
             feed: told of finished requests, whose clients may issue the next.
         """
+        begun = self.begin(now_s)
+        if begun is None:
+            return False
+        tokens = self._compute(begun.chunks)
+        end_s = time.perf_counter() - start
+        for request_id in self.complete(begun, tokens, end_s):
+            feed.answered(request_id, end_s)
+        return True
+
+    def begin(self, now_s: float) -> Begun | None:
+        """Decide, and make room for the batch; None when the policy schedules nothing.
+
+        Raises:
+            ValueError: the policy overbooks blocks or seats, or moves requests that are elsewhere.
+        """
         view = self.observe()
         context_tokens = sum(seat.context_tokens for seat in view.seats)
         before = (view.free_blocks, len(self.waiting), context_tokens, self.cache.cached_blocks)
@@ -168,19 +197,25 @@ class Replica:
         if not (batch.prefill or batch.preempt or batch.admit) and not (
             batch.decode and view.num_decoding
         ):
-            return False
+            return None
         try:
             self._seat(batch, now_s)
             chunks, shape = self._chunks(batch)
         except ValueError as error:
             raise ValueError(self._complaint(now_s, f"{batch}: {error}")) from error
         self._log(now_s, before, shape, batch)
-        tokens = self._compute(chunks)
-        end_s = time.perf_counter() - start
-        self.recorder.passed((now_s, end_s))
-        for request_id in self._append(chunks, tokens, end_s):
-            feed.answered(request_id, end_s)
-        return True
+        return Begun(now_s, chunks)
+
+    def complete(self, begun: Begun, tokens: list[int], end_s: float) -> list[int]:
+        """Take the tokens of the batch that was begun last; the requests that have their last one.
+
+        Args:
+            begun: the batch.
+            tokens: of every chunk that wants one, in order.
+            end_s: when they were there.
+        """
+        self.recorder.passed((begun.instant_s, end_s))
+        return self._append(begun.chunks, tokens, end_s)
 
     def observe(self) -> ObservedView:
         """What the tensors show now."""

@@ -19,6 +19,7 @@ from sim.policies.batching.base import Batching
 from sim.policies.routing.base import Routing
 from sim.provenance import provenance
 from sim.result import plain
+from sim.setup import lanes_of_replica
 
 if TYPE_CHECKING:
     from scenarios.validation.ask import Plan
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 ANSWERS = "validation.json"
 PICTURE = "timeline.png"
 TAKEN = (
-    "policy", "accept", "engine.prefix_caching", "num_replicas", "tp_size", "pp_size", "faults",
+    "policy", "accept", "engine.prefix_caching", "engine.batches_in_flight", "num_replicas",
+    "tp_size", "pp_size", "faults",
 )  # fmt: skip
 """What the validation takes from the study; models, limits and loads are its own."""
 COLOURS = {
@@ -99,10 +101,11 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
     out = Path(options.out or Path("runs") / study / "validation")
     claim_folder(out, (ANSWERS, PICTURE), "validation")
     routings: dict[str, Routing] = {}
-    if last.num_replicas > 1 or last.faults:
+    lanes = lanes_of_replica(last)
+    if last.num_replicas * lanes > 1 or last.faults:
         routings = {name: composed("routing", name).policy.routing for name in names["routing"]}
     sizes = (last.tp_size, last.pp_size)
-    if sizes != (1, 1) and (prefix_caching or routings):
+    if sizes != (1, 1) and (prefix_caching or last.num_replicas > 1 or last.faults):
         raise ValueError(
             f"tp_size={last.tp_size} and pp_size={last.pp_size} are validated for one replica "
             "without a prefix cache and without faults; set engine.prefix_caching=false, "
@@ -110,7 +113,7 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
         )
     return Plan(
         study, options, policies, accept, out, prefix_caching, last.num_replicas, routings, *sizes,
-        last.policy.instance_plan, tuple(last.faults),
+        last.policy.instance_plan, tuple(last.faults), lanes,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from sim.policies.routing.round_robin import RoundRobin
 from sim.provenance import provenance
 from sim.result import Result
 from sim.scenario import Scenario
-from sim.setup import Setup, check_workload, prepare
+from sim.setup import Setup, check_workload, one_batch_for, prepare
 from sim.summary import summarise
 from sim.trace import Trace
 
@@ -79,7 +79,14 @@ def _warnings(scenario: Scenario, setup: Setup) -> list[str]:
             "the others cost nothing here and do nothing"
         )
     routing = scenario.policy.routing
-    if len(first) == 1 and type(routing) is not RoundRobin:
+    reason = one_batch_for(scenario)
+    if reason and scenario.pp_size > 1 and scenario.engine.batches_in_flight is None:
+        found.append(
+            f"with {reason} a replica keeps one batch in flight, and its "
+            f"pp_size={scenario.pp_size} stages wait for each other; "
+            "engine.batches_in_flight=1 says that this is meant"
+        )
+    if len(first) * setup.lanes == 1 and type(routing) is not RoundRobin:
         what = f"num_prefill={len(first)}" if second else "num_replicas=1"
         found.append(
             f"policy/routing {type(routing).__name__} has no effect with {what}; "

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from hardware_models.schema import Gpu
-from sim.costs.base import IterationCost
+from sim.costs.base import StagedCost
 from sim.costs.fitted import Fitted
 from sim.costs.kernel_cost import Communication, KernelCost, Kernels, no_communication
 from sim.costs.kernel_model import KernelModel
@@ -21,7 +21,7 @@ from sim.node_choice import node_of
 from sim.scenario import CostFamily, Scenario
 
 
-def cost_of(scenario: Scenario, architecture: Architecture, device: Device) -> IterationCost:
+def cost_of(scenario: Scenario, architecture: Architecture, device: Device) -> StagedCost:
     """The cost of an iteration of the scenario's replica.
 
     Raises:
@@ -98,7 +98,7 @@ def _load(name: str) -> Gpu:
     return load_gpu(name)
 
 
-def _fitted(scenario: Scenario, device: Device) -> IterationCost:
+def _fitted(scenario: Scenario, device: Device) -> StagedCost:
     node = scenario.machine
     fits = node.calibration.models if node is not None and node.calibration else {}
     name = scenario.model.name

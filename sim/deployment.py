@@ -5,12 +5,14 @@ from functools import partial
 
 from sim.costs.fitted import Fitted
 from sim.faults import Part, outages
+from sim.models.split import stage_layers
 from sim.placement import place
 from sim.policies.instance_plan.base import phases
 from sim.processes.failover import Failures, simulate_failures
 from sim.processes.hand_over import simulate_hand_over
 from sim.processes.kv_moves import NetworkTransport
 from sim.processes.pace import Costed, Pace
+from sim.processes.pipeline import Pipeline, lanes_of
 from sim.processes.replica import simulate
 from sim.processes.router import Engines, simulate_replicas
 from sim.processes.slowed import slowed_paces
@@ -26,7 +28,7 @@ def simulate_seed(scenario: Scenario, setup: Setup, seed: int) -> Trace:
     policy, ahead = scenario.policy, scenario.engine.schedules_ahead
     if any(one.kills for one in scenario.faults):
         trace = _with_deaths(scenario, setup, source)
-    elif scenario.num_replicas == 1:
+    elif scenario.num_replicas * setup.lanes == 1:
         trace = simulate(
             source, policy.batching, setup.limits, _paces(scenario, setup)[0], schedules_ahead=ahead
         )
@@ -80,6 +82,12 @@ def check_deployment(scenario: Scenario, setup: Setup) -> None:
 
 
 def _paces(scenario: Scenario, setup: Setup) -> list[Pace]:
+    """One a lane of every replica; the lanes of a replica share its stages."""
+    if setup.lanes > 1:
+        stages = stage_layers(setup.architecture.num_layers, scenario.pp_size)
+        layers = [len(stage) for stage in stages]
+        pipelines = [Pipeline(setup.cost, layers) for _ in range(scenario.num_replicas)]
+        return [*lanes_of(pipelines, setup.lanes)]
     if not scenario.faults:
         return [Costed(setup.cost)] * scenario.num_replicas
     return slowed_paces(

@@ -53,6 +53,9 @@ class Engine:
     """Prompt and answer together, in tokens. None: the model's context."""
     iteration_overhead_s: float = 0.0
     """Scheduling and launch time that every iteration adds, in seconds."""
+    batches_in_flight: int | None = None
+    """Batches that a replica of `pp_size` stages has under way at once, each with its share of the
+    KV pool and of the seats. None: one a stage. 1: a stage waits while the others compute."""
     schedules_ahead: bool = False
     """The simulated replica decides each iteration when the one before it begins (vLLM's
     `async_scheduling`): a request that comes in between waits one iteration longer."""
@@ -71,7 +74,8 @@ class Engine:
     def __post_init__(self) -> None:
         if self.block_size < 1:
             raise ValueError(f"engine.block_size={self.block_size} must be at least 1")
-        for field in ("max_num_seqs", "max_num_batched_tokens", "num_blocks", "max_model_len"):
+        for field in ("max_num_seqs", "max_num_batched_tokens", "num_blocks", "max_model_len",
+                      "batches_in_flight"):  # fmt: skip
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"engine.{field}={value} must be at least 1, or null to derive it")

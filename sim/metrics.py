@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.lanes import covered_s
 from sim.trace import DECODE, Array, State, Trace
 
 Floats = NDArray[np.float64]
@@ -244,15 +245,18 @@ def met_slo(times: RequestTimes, slo: Slo) -> NDArray[np.bool_]:
     return met
 
 
-def busy_share(trace: Trace, num_replicas: int = 1) -> float:
+def busy_share(trace: Trace, num_replicas: int = 1, lanes: int = 1) -> float:
     """Share of the time from the first arrival to the last token in which an iteration ran.
 
-    The mean over so many replicas.
+    The mean over so many replicas; where each has several lanes, any of them counts.
     """
     iterations = trace.iterations
     if not len(iterations["start_s"]):
         return 0.0
     span = iterations["end_s"].max() - trace.requests["arrival_s"].min()
+    if lanes > 1:
+        # The sum of the pieces may exceed the whole by a rounding.
+        return min(covered_s(iterations, num_replicas) / float(span) / num_replicas, 1.0)
     busy_s = (iterations["end_s"] - iterations["start_s"]).sum()
     return float(busy_s / span / num_replicas)
 

@@ -4,14 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sim.cost_choice import cost_of
-from sim.costs.base import IterationCost
+from sim.costs.base import StagedCost
 from sim.engine import Engine, ReplicaLimits
 from sim.engine_profiles import batch_limits
+from sim.lanes import lane_limits, num_lanes
 from sim.memory import Device, device_of, kv_blocks, memory_need
 from sim.models.architecture import Architecture, load_architecture
 from sim.models.parallel import stage_part, tensor_part
 from sim.models.parameters import kv_bytes_per_token
 from sim.models.split import require_parallel
+from sim.policies.instance_plan.base import phases
 from sim.scenario import Scenario
 from sim.workload.source import WorkloadTotals, check
 
@@ -25,12 +27,15 @@ class Setup:
 
     architecture: Architecture
     limits: ReplicaLimits
+    """Of each lane: of the replica, where it has one batch in flight."""
     max_model_tokens: int
     """Prompt and answer of one request together, at most."""
-    cost: IterationCost
+    cost: StagedCost
     device: str
     """Name of the GPU or CPU."""
     kv_bytes_per_token: int
+    lanes: int = 1
+    """Batches that a replica has in flight."""
 
     def kv_bytes_moved(self, tokens: int) -> int:
         """Bytes that move with the KV of so many tokens of one request: blocks move whole."""
@@ -47,7 +52,8 @@ def prepare(scenario: Scenario) -> Setup:
     require_parallel(architecture, scenario.tp_size, scenario.pp_size)
     device = device_of(scenario.machine, scenario.gpu)
     max_tokens = _context(scenario.engine, architecture)
-    limits = _limits(scenario, architecture, device)
+    lanes = lanes_of_replica(scenario)
+    limits = lane_limits(_limits(scenario, architecture, device), lanes)
     return Setup(
         architecture=architecture,
         limits=limits,
@@ -55,7 +61,26 @@ def prepare(scenario: Scenario) -> Setup:
         cost=cost_of(scenario, architecture, device),
         device=device.name,
         kv_bytes_per_token=kv_bytes_per_token(architecture, scenario.model.cache_dtype.num_bytes),
+        lanes=lanes,
     )
+
+
+def lanes_of_replica(scenario: Scenario) -> int:
+    """Batches that each replica of a scenario has in flight.
+
+    Raises:
+        ValueError: more than it has stages, or several where there may be one.
+    """
+    return num_lanes(
+        scenario.engine.batches_in_flight, scenario.pp_size, one_for=one_batch_for(scenario)
+    )
+
+
+def one_batch_for(scenario: Scenario) -> str:
+    """What of a scenario keeps its replicas to one batch in flight; empty: nothing."""
+    if phases(scenario.policy.instance_plan, scenario.num_replicas)[1]:
+        return "instances that move KV"
+    return "faults" if scenario.faults else ""
 
 
 def check_workload(scenario: Scenario, setup: Setup, seed: int) -> WorkloadTotals:

@@ -33,7 +33,7 @@ def summarise(scenario: Scenario, setup: Setup, trace: Trace) -> dict[str, float
         **metrics.rerouted(trace),
         "num_iterations": trace.num_iterations,
         "num_decisions": len(trace.decisions["repeat"]),
-        "busy_share": metrics.busy_share(trace, scenario.num_replicas),
+        "busy_share": metrics.busy_share(trace, scenario.num_replicas, setup.lanes),
         **_transfers(trace, setup),
         "prefix_hit_share": (
             metrics.reused_share(trace) if scenario.engine.prefix_caching else float("nan")
@@ -93,7 +93,7 @@ def _efficiency(
     gpu = scenario.gpu or (scenario.machine.gpu if scenario.machine else None)
     output = int(trace.requests["output_tokens"].sum())
     devices = max(num_gpus(scenario), 1)
-    replicas = scenario.num_replicas
+    busy = metrics.busy_share(trace, scenario.num_replicas, setup.lanes)
     price = gpu.price.usd_per_hour if gpu and gpu.price else None
     rent = price * num_gpus(scenario) if price else None
     power_w = gpu.power.limit_w if gpu and gpu.power else None
@@ -109,9 +109,7 @@ def _efficiency(
             rent * duration_s / 3600 / output * 1e6 if rent else float("nan")
         ),
         "joules_per_output_token_at_power_limit": (
-            power_w * devices * metrics.busy_share(trace, replicas) * duration_s / output
-            if power_w
-            else float("nan")
+            power_w * devices * busy * duration_s / output if power_w else float("nan")
         ),
     }
 

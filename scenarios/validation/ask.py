@@ -12,7 +12,7 @@ from backends.calibration import Passes
 from backends.executor import Executor
 from backends.kv_cache import Corruption
 from backends.reference import Reference
-from backends.serving import open_model, require_model, serve, use_one_thread
+from backends.serving import open_model, require_model, use_one_thread
 from backends.transformer import Transformer
 from backends.weights import random_model
 from scenarios import calibrate
@@ -20,12 +20,12 @@ from scenarios.tables import console
 from scenarios.validation import handed_over, several_ranks, timing
 from scenarios.validation.decisions import exact_lines
 from scenarios.validation.failing import failing_lines
+from scenarios.validation.lanes_time import LanePanels
 from scenarios.validation.numbers import compare, number_lines
 from scenarios.validation.options import Fault, Options, Question
 from scenarios.validation.routed import RoutedCase, routed_lines
 from scenarios.validation.timing import Runs
 from scenarios.validation.verdict import Line, not_run
-from sim.costs.base import IterationCost
 from sim.costs.fitted import Fitted
 from sim.costs.fitting import jitter_quantiles
 from sim.faults import Fault as PartFault
@@ -33,6 +33,7 @@ from sim.policies.batching.base import Batching
 from sim.policies.instance_plan.base import InstancePlan, phases
 from sim.policies.instance_plan.colocated import Colocated
 from sim.policies.routing.base import Routing
+from sim.processes.pace import Jitter
 from sim.trace import Trace
 from sim.workload.source import Source
 
@@ -57,6 +58,8 @@ class Plan(NamedTuple):
     instance_plan: InstancePlan = Colocated()
     faults: tuple[PartFault, ...] = ()
     """Of the study: the deployment is asked with them as well."""
+    batches_in_flight: int | None = None
+    """Of a replica of several stages."""
 
     @property
     def routing(self) -> Routing:
@@ -164,46 +167,58 @@ def _numbers(
 
 
 def timed_runs(
-    plan: Plan, transformer: Executor, model: str, progress: Progress
-) -> tuple[dict[str, Runs], list[Line]]:
-    """Time every policy; the passes of the calibration lie between the runs."""
+    plan: Plan, transformer: Executor, model: str, progress: Progress,
+    lanes: LanePanels | None = None,
+) -> tuple[dict[str, Runs], list[Line]]:  # fmt: skip
+    """Time every policy; the passes of the calibration lie between the runs.
+
+    Args:
+        plan: what to run.
+        transformer: what is calibrated, one batch alone.
+        model: its name in the calibration.
+        progress: shown.
+        lanes: where several batches are in flight; None: one.
+    """
+    panels = lanes or timing.OneBatch(transformer)
     sizes, seed = plan.options.sizes, plan.options.seed
     names = list(plan.policies)
     task = progress.add_task("time", total=1 + sizes.repeats * len(names))
     costs = _Costs(plan, transformer, model)
     progress.advance(task)
-    rate = plan.options.load * timing.capacity_per_s(plan.policies.values(), costs.cost())
+    rate = plan.options.load * timing.capacity_per_s(
+        plan.policies.values(), panels.beside(costs.cost(), plan.policies[names[0]]), panels
+    )
     requests = timing.workload(rate, sizes.time_requests)
 
     def source() -> Source:
         return Source(requests, seed, timing.CONTEXT)
 
     measured: dict[str, list[Trace]] = {name: [] for name in names}
-    spent: list[IterationCost] = []
+    spent: list[Fitted] = []
     for repeat in range(sizes.repeats):
         # Interleaved, and each policy in each place: what one leaves behind averages out.
         first = repeat % len(names)
         for part, name in enumerate((*names[first:], *names[:first])):
-            served = serve(transformer, source(), plan.policies[name], timing.LIMITS, seed=seed)
-            measured[name].append(served.trace)
+            measured[name].append(panels.serve(source(), plan.policies[name], seed))
             costs.refresh(part, len(names))
             progress.advance(task)
-        spent.append(costs.cost(repeat))
+        spent.append(panels.beside(costs.cost(repeat), plan.policies[names[first]]))
     costs.keep()
     jitter = costs.jitter()
     runs = {
         name: Runs(
-            [timing.predict(source(), plan.policies[name], cost) for cost in spent],
+            [panels.predict(source(), plan.policies[name], cost) for cost in spent],
             traces,
-            spent,
+            [*spent] if lanes is None else [],
             [
-                timing.predict_with_jitter(source(), plan.policies[name], cost, jitter, repeat)
+                panels.predict(source(), plan.policies[name], cost, Jitter(jitter, repeat))
                 for repeat, cost in enumerate(spent)
             ],
         )
         for name, traces in measured.items()
     }
-    return runs, timing.time_lines(runs, plan.accept, costs.spread(), seed)
+    lines = timing.time_lines(runs, plan.accept, costs.spread(), seed)
+    return runs, lines + ([] if lanes is None else lanes.iteration_lines(runs, spent, seed))
 
 
 class _Costs:

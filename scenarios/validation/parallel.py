@@ -2,7 +2,13 @@
 
 from collections import Counter
 
-from backends.parallel_serving import ParallelRun, ParallelServed, serve_parallel
+from backends.parallel_serving import (
+    ParallelRun,
+    ParallelServed,
+    architecture_of,
+    serve_parallel,
+)
+from backends.router import RoutedRun
 from scenarios.validation.decisions import (
     CONTEXT,
     FLOAT32_BYTES,
@@ -12,30 +18,73 @@ from scenarios.validation.decisions import (
     replay,
     stopped_lines,
 )
+from scenarios.validation.routed import (
+    RoutedPanels,
+    batching_line,
+    route_line,
+    routed_byte_lines,
+)
 from scenarios.validation.verdict import Line, Verdict, judge_exact
+from sim.engine import ReplicaLimits
 from sim.models.architecture import Architecture
 from sim.models.communication import iteration_collectives
 from sim.models.work import IterationShape
+from sim.processes.pace import Replayed
+from sim.processes.router import Engines, RouterLog, simulate_replicas
 from sim.trace import Trace
+from sim.trace_merge import of_replica
+from sim.workload.recorded import replayed
+from sim.workload.source import Source
 
 CONTROL = ("orders", "done")
 """What the engine sends to run its ranks: no model predicts it, so it is shown and not judged."""
 
 
-def parallel_lines(name: str, run: ParallelRun, config: Architecture) -> list[Line]:
+def parallel_lines(name: str, run: ParallelRun) -> list[Line]:
     """Questions 1 and 2 for one policy."""
     try:
-        found = serve_parallel(run)
-        simulated = replay(found.served.trace, run.batching, run.limits, CONTEXT)
+        return judge(name, run, serve_parallel(run))
     except ValueError as error:
         return stopped_lines(name, error)
-    panels = Panels(found.served, simulated)
-    return [
-        decision_line(name, panels),
-        *byte_lines(name, panels, config),
-        *sent_lines(name, found, simulated, config, run),
-        control_line(name, found),
-    ]
+
+
+def judge(name: str, run: ParallelRun, found: ParallelServed) -> list[Line]:
+    """The lines of a real run; the simulated panel decides again at its instants.
+
+    Raises:
+        ValueError: a policy breaks its rules on the simulated panel.
+    """
+    config, served = architecture_of(run), found.served
+    if run.lanes == 1:
+        simulated = replay(served.trace, run.batching, run.limits, CONTEXT)
+        panels = Panels(served, simulated)
+        lines = [decision_line(name, panels), *byte_lines(name, panels, config)]
+    else:
+        simulated = replay_lanes(served.trace, run)
+        lanes = RoutedPanels(RoutedRun(*served, sent_bytes=0, samplers=[]), simulated, run.lanes)
+        lines = [
+            route_line(name, lanes), batching_line(name, lanes),
+            *routed_byte_lines(name, lanes, config),
+        ]  # fmt: skip
+    return [*lines, *sent_lines(name, found, simulated, config, run), control_line(name, found)]
+
+
+def replay_lanes(real: Trace, run: ParallelRun) -> Trace:
+    """Route and decide again, for all batches in flight, at the instants of a real trace."""
+    requests = real.requests
+    again = replayed(
+        requests["arrival_s"], requests["prompt_tokens"], requests["output_tokens"]
+    )  # fmt: skip
+    paces = [Replayed.of(of_replica(real, lane)) for lane in range(run.lanes)]
+    engines = Engines(batching=run.batching, limits=run.lane_limits, paces=paces, one_by_one=True)
+    return simulate_replicas(Source(again, 0, CONTEXT), run.routing, engines, RouterLog.of(real))
+
+
+def scaled(limits: ReplicaLimits, lanes: int) -> ReplicaLimits:
+    """Limits of a replica each of whose lanes has these."""
+    return limits._replace(
+        max_num_seqs=lanes * limits.max_num_seqs, num_blocks=lanes * limits.num_blocks
+    )
 
 
 def simulated_bytes(trace: Trace, config: Architecture, tp_size: int, pp_size: int) -> Counter[str]:

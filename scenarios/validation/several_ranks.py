@@ -24,14 +24,18 @@ from backends.weights import TINY_CONFIG, Model, load_model, random_model
 from scenarios import calibrate
 from scenarios.tables import console
 from scenarios.validation import decisions
+from scenarios.validation.lanes_time import LanePanels
 from scenarios.validation.numbers import all_at_once, judge_answers, number_lines, tight_limits
 from scenarios.validation.openings import TEXTS
 from scenarios.validation.options import Fault, Options, Question
-from scenarios.validation.parallel import parallel_lines
+from scenarios.validation.parallel import parallel_lines, scaled
 from scenarios.validation.verdict import Line
+from sim.lanes import num_lanes
 from sim.models.split import require_parallel
 from sim.policies.batching.base import Batching
 from sim.policies.registry import load_file, user_files
+from sim.policies.routing.base import Routing
+from sim.policies.routing.round_robin import RoundRobin
 
 if TYPE_CHECKING:
     from scenarios.validation.ask import Plan
@@ -44,10 +48,18 @@ class Ranks(NamedTuple):
     tp_size: int
     pp_size: int
     device: str
+    batches_in_flight: int | None = None
+    routing: Routing = RoundRobin()
+    """Chooses among these."""
+
+    @property
+    def lanes(self) -> int:
+        """Batches in flight."""
+        return num_lanes(self.batches_in_flight, self.pp_size)
 
     def run(self, **fields: Any) -> ParallelRun:
         """A run on them."""
-        return ParallelRun(tp_size=self.tp_size, pp_size=self.pp_size, device=self.device, **fields)
+        return ParallelRun(**self._asdict(), **fields)
 
 
 def answer(plan: "Plan") -> tuple[list[Line], "dict[str, Runs]"]:
@@ -58,7 +70,11 @@ def answer(plan: "Plan") -> tuple[list[Line], "dict[str, Runs]"]:
         ChildProcessError: a rank was lost.
     """
     options, policies = plan.options, plan.policies
-    ranks = Ranks(plan.tp_size, plan.pp_size, options.device.value)
+    routings = dict(plan.routings) or {"": RoundRobin()}
+    ranks = Ranks(
+        plan.tp_size, plan.pp_size, options.device.value, plan.batches_in_flight,
+        next(iter(routings.values())),
+    )  # fmt: skip
     require_ranks(plan.tp_size * plan.pp_size, ranks.device)
     asked = set(options.only)
     if asked & {Question.numbers, Question.time}:
@@ -70,8 +86,10 @@ def answer(plan: "Plan") -> tuple[list[Line], "dict[str, Runs]"]:
         if asked & {Question.decisions, Question.bytes}:
             task = progress.add_task("decisions and bytes", total=len(policies))
             for name, batching in policies.items():
-                found = _exact_lines(name, batching, options, ranks)
-                lines += [line for line in found if Question(line.question) in asked]
+                for rule, routing in routings.items():
+                    label = f"{name}, {rule}" if len(routings) > 1 else name
+                    found = _exact_lines(label, batching, options, ranks._replace(routing=routing))
+                    lines += [line for line in found if Question(line.question) in asked]
                 progress.advance(task)
         served = _Weights(options.weights, ranks)
         if Question.numbers in asked:
@@ -111,7 +129,8 @@ def _time_rank(rank: int, size: int, files: list[Path], pickled: bytes, name: st
         stage.follow()
         return None
     driver = Driver(stage)
-    found = timed_runs(plan, driver, name, Progress(disable=True))
+    lanes = LanePanels.of(driver, run, architecture_of(run)) if run.lanes > 1 else None
+    found = timed_runs(plan, driver, name, Progress(disable=True), lanes)
     driver.stop()
     return found
 
@@ -152,11 +171,12 @@ def _exact_lines(name: str, batching: Batching, options: Options, ranks: Ranks) 
     at = {Fault.skip_free: count // 2, Fault.drop_copy: count * 20}
     run = ranks.run(
         weights=RANDOM, config=small_config(ranks.tp_size, ranks.pp_size),
-        workload=decisions.workload(count), batching=batching, limits=decisions.LIMITS,
-        seed=options.seed, max_model_tokens=decisions.CONTEXT,
+        workload=decisions.workload(count), batching=batching,
+        limits=scaled(decisions.LIMITS, ranks.lanes), seed=options.seed,
+        max_model_tokens=decisions.CONTEXT,
         corruption=None if fault is Fault.none else Corruption(kind=fault.value, index=at[fault]),
     )  # fmt: skip
-    return parallel_lines(name, run, architecture_of(run))
+    return parallel_lines(name, run)
 
 
 class _Numbers:
@@ -174,7 +194,8 @@ class _Numbers:
         run = self._ranks.run(
             weights=self._served.weights, config=self._served.config, batching=batching,
             workload=all_at_once(self._asked, self._new_tokens), prompts=self._asked,
-            limits=tight_limits(self._asked, self._new_tokens), sampler=KeepLogits(),
+            limits=scaled(tight_limits(self._asked, self._new_tokens), self._ranks.lanes),
+            sampler=KeepLogits(),
         )  # fmt: skip
         found = serve_parallel(run)
         answers = [found.served.answers[index] for index in range(len(self._asked))]

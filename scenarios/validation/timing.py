@@ -6,19 +6,22 @@ the runs.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from backends.executor import Executor
+from backends.serving import serve
 from scenarios.validation import reproduced
 from scenarios.validation.intervals import Floats, two_stage
 from scenarios.validation.verdict import Line, Verdict, judge_error
 from sim.costs.base import IterationCost
+from sim.costs.fitted import Fitted
 from sim.engine import ReplicaLimits
 from sim.metrics import request_times, token_times
 from sim.models.work import IterationShape
 from sim.policies.batching.base import Batching
-from sim.processes.pace import Costed, Jittered
+from sim.processes.pace import Costed, Jitter, Jittered
 from sim.processes.replica import simulate
 from sim.trace import PREFILL, Trace
 from sim.workload.poisson import Poisson
@@ -45,7 +48,7 @@ class Runs(NamedTuple):
     measured: list[Trace]
     """One a repeat."""
     costs: list[IterationCost]
-    """Those of the simulated panel, one a repeat."""
+    """Those of the simulated panel, one a repeat; none where they are not of iterations alone."""
     jittered: list[Trace]
     """As `simulated`, with the jitter that was calibrated: what a high percentile needs."""
 
@@ -58,27 +61,64 @@ def workload(rate_per_s: float, num_requests: int) -> Poisson:
     )  # fmt: skip
 
 
-def capacity_per_s(policies: Iterable[Batching], cost: IterationCost) -> float:
+class Panels(Protocol):
+    """Both panels of a timed run."""
+
+    def serve(self, source: Source, batching: Batching, seed: int) -> Trace:
+        """The real one."""
+        ...
+
+    def beside(self, cost: Fitted, batching: Batching) -> Fitted:
+        """The cost with what only shows where several batches are in flight."""
+        ...
+
+    def predict(
+        self, source: Source, batching: Batching, cost: Fitted, jitter: Jitter | None = None
+    ) -> Trace:
+        """The simulated one; with jitter: on a machine that is never quite the same."""
+        ...
+
+
+class OneBatch(NamedTuple):
+    """The panels of a replica with one batch in flight."""
+
+    model: Executor
+
+    def serve(self, source: Source, batching: Batching, seed: int) -> Trace:
+        """The real one."""
+        return serve(self.model, source, batching, LIMITS, seed=seed).trace
+
+    def beside(self, cost: Fitted, batching: Batching) -> Fitted:
+        """The cost: nothing runs beside the batch."""
+        del batching
+        return cost
+
+    def predict(
+        self, source: Source, batching: Batching, cost: Fitted, jitter: Jitter | None = None
+    ) -> Trace:
+        """The simulated one."""
+        if jitter is None:
+            return predict(source, batching, cost)
+        return simulate(source, batching, LIMITS, Jittered(cost, jitter))
+
+
+def capacity_per_s(
+    policies: Iterable[Batching], cost: Fitted, panels: Panels | None = None
+) -> float:
     """Requests a second that the slowest policy serves when all are there from the start."""
     count = 64
     saturated = Recorded(
         arrival_s=[0.0] * count, prompt_tokens=[PROMPT_TOKENS] * count,
         output_tokens=[OUTPUT_TOKENS] * count,
     )  # fmt: skip
-    traces = [predict(Source(saturated, 0, CONTEXT), batching, cost) for batching in policies]
-    return count / max(float(trace.iterations["end_s"][-1]) for trace in traces)
+    predicted = predict if panels is None else panels.predict
+    traces = [predicted(Source(saturated, 0, CONTEXT), batching, cost) for batching in policies]
+    return count / max(float(trace.iterations["end_s"].max()) for trace in traces)
 
 
 def predict(source: Source, batching: Batching, cost: IterationCost) -> Trace:
     """The simulated panel of a timed run: what is to be expected of each request."""
     return simulate(source, batching, LIMITS, Costed(cost))
-
-
-def predict_with_jitter(
-    source: Source, batching: Batching, cost: IterationCost, ratios: Sequence[float], seed: int
-) -> Trace:
-    """The simulated panel of a timed run on a machine that is never quite the same."""
-    return simulate(source, batching, LIMITS, Jittered(cost, ratios, seed))
 
 
 def time_lines(
@@ -97,7 +137,8 @@ def time_lines(
         for figure in FIGURES:
             lines += request_lines(name, figure, one, accept, seed)
     for name, one in runs.items():
-        lines += iteration_lines(name, one, seed)
+        if one.costs:
+            lines += iteration_lines(name, one, seed)
     if {"continuous", "chunked_prefill"} <= runs.keys():
         lines += _ratio_lines(runs["continuous"], runs["chunked_prefill"], accept, seed)
     return lines

@@ -28,6 +28,19 @@ class IterationCost(Protocol):
         ...
 
 
+class StagedCost(IterationCost, Protocol):
+    """A cost that knows what the last of several pipeline stages does beside its layers."""
+
+    @property
+    def slow_down(self) -> float:
+        """How many times as long a stage takes while others compute; 1 where they share nothing."""
+        ...
+
+    def sampled_s(self, positions: int) -> float:
+        """Of an iteration's seconds, those of the lm_head and sampling for so many positions."""
+        ...
+
+
 def decode_shape(num_decodes: int, decode_context: int) -> IterationShape:
     """The shape of an iteration that only decodes."""
     return IterationShape(0, 0, 0, 0, num_decodes, decode_context, num_decodes)

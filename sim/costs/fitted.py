@@ -21,8 +21,14 @@ from sim.models.work import IterationShape
 class Fitted:
     """The cost of one model on one calibrated machine."""
 
-    def __init__(self, fit: FittedIteration) -> None:
-        self.fit = fit
+    def __init__(self, fit: FittedIteration, slow_down: float = 1.0) -> None:
+        """Take over a fit of iterations alone on the machine.
+
+        Args:
+            fit: the coefficients.
+            slow_down: how many times as long pipeline stages take that compute at the same time.
+        """
+        self.fit, self.slow_down = fit, slow_down
         coefficients = fit.coefficients
         self._pair_s = coefficients["prefill_pair_s"]
         self._prefill_s = coefficients["prefill_s"]
@@ -46,6 +52,10 @@ class Fitted:
         if iterations < SHORT_RUN:
             return [fixed + context * context_s for context in contexts]
         return (fixed + np.arange(decode_context, stop, num_decodes) * context_s).tolist()
+
+    def sampled_s(self, positions: int) -> float:
+        """Of these, the seconds of the lm_head and sampling."""
+        return interpolate(self.fit.head_tokens, self.fit.head_s, positions)
 
     def measured_iterations(self, decisions: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
         """How many of a decision's iterations are no larger than what was measured; the first ones.

@@ -42,7 +42,10 @@ def no_communication(tokens: int, sampled: int) -> Seconds:
 
 
 class KernelCost:
-    """An `IterationCost` from kernels, collectives and what an engine adds."""
+    """A `StagedCost` from kernels, collectives and what an engine adds."""
+
+    slow_down = 1.0
+    """Every stage has devices of its own."""
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class KernelCost:
         self.overhead_s = overhead_s
         self.communication = communication
         self._fixed_s: dict[tuple[int, int], float] = {}
+        self._sampled_s: dict[int, float] = {}
         self._curves: dict[int, Curve] = {}
 
     def iteration_s(self, shape: IterationShape) -> float:
@@ -75,6 +79,14 @@ class KernelCost:
         """Seconds of each iteration of a decode stretch."""
         fixed = self._fixed(num_decodes, num_decodes)
         return self._curve(num_decodes).run(fixed, decode_context, num_decodes, iterations)
+
+    def sampled_s(self, positions: int) -> float:
+        """Of these, the seconds of the lm_head, of sampling, and of bringing both together."""
+        found = self._sampled_s.get(positions)
+        if found is None:
+            apart = self.communication(0, positions)
+            found = self._sampled_s[positions] = self.kernels.sampled(positions).plus(apart).total
+        return found
 
     def sources(self, shape: IterationShape) -> Seconds:
         """As `iteration_s`, split by what it rests on."""

@@ -36,8 +36,8 @@ def replica_communication(
 ) -> Communication:
     """What an iteration of a replica on several ranks spends on communication.
 
-    Nothing of it overlaps with computing, as in vLLM's default. One batch at a time goes through
-    the stages of a pipeline, so the handing over adds up as well.
+    Nothing of it overlaps with computing, as in vLLM's default. A batch goes through the stages
+    of a pipeline one after another, so the handing over adds up as well.
 
     Args:
         architecture: the whole model.

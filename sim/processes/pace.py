@@ -22,6 +22,11 @@ class Pace(Protocol):
         """When the first decision is taken; None: when something has come in."""
         ...
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether others wait for the same thing: who asked first decides first."""
+        ...
+
     def decides_s(self, now_s: float) -> float:
         """When the next decision is taken, if an iteration has ended at `now_s` or none ran."""
         ...
@@ -45,6 +50,7 @@ class AtOnce:
     """Decides as soon as there is something to decide about."""
 
     start_s = None
+    takes_turns = False
 
     def decides_s(self, now_s: float) -> float:
         """Now."""
@@ -83,11 +89,9 @@ class Jittered(AtOnce):
     one.
     """
 
-    def __init__(self, cost: IterationCost, ratios: Sequence[float], seed: int) -> None:
-        """Take equally likely ratios of an iteration's seconds to their mean; empty: none."""
+    def __init__(self, cost: IterationCost, jitter: "Jitter") -> None:
         self._cost = cost
-        self._ratios = list(ratios) or [1.0]
-        self._seed = seed
+        self._ratio = jitter.ratio
 
     def iteration(self, now_s: float, shape: IterationShape) -> list[float]:
         """`[now_s, end]` of one iteration."""
@@ -102,13 +106,25 @@ class Jittered(AtOnce):
             boundaries.append(boundaries[-1] + seconds * self._ratio(boundaries[-1]))
         return boundaries
 
-    def _ratio(self, instant_s: float) -> float:
+
+class Jitter:
+    """By how much an iteration differs from its like; depends on the instant of its start only."""
+
+    def __init__(self, ratios: Sequence[float], seed: int) -> None:
+        """Take equally likely ratios of an iteration's seconds to their mean; empty: none."""
+        self._ratios = list(ratios) or [1.0]
+        self._seed = seed
+
+    def ratio(self, instant_s: float) -> float:
+        """Of an iteration that starts then."""
         key = blake2b(pack("<qd", self._seed, instant_s), digest_size=8).digest()
         return self._ratios[int.from_bytes(key, "little") % len(self._ratios)]
 
 
 class Replayed:
     """Decides at the instants at which another run did, and ends iterations when it did: replay."""
+
+    takes_turns = False
 
     def __init__(
         self, instants_s: Sequence[float], ends_s: Sequence[float],

@@ -167,7 +167,10 @@ class Replica:
             # One that begins in mid-run sees who arrives at this very instant, as at any boundary.
             yield environment.boundary(environment.now)
         while True:
-            if (instant_s := self.pace.decides_s(environment.now)) > environment.now:
+            if self.pace.takes_turns:
+                yield environment.decision(environment.now)  # after those who waited for it
+            # Asked again: another may have taken what this one waited for.
+            while (instant_s := self.pace.decides_s(environment.now)) > environment.now:
                 yield environment.decision(instant_s)
             self._see()
             if not state.waiting and not state.num_running:

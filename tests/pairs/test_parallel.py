@@ -39,6 +39,7 @@ def run_of(tp_size, pp_size, **changed):
     fields = {
         "weights": "random", "workload": FEW, "limits": LIMITS, "max_model_tokens": CONTEXT,
         "batching": policies("batching")["chunked_prefill"](chunk_tokens=24),
+        "batches_in_flight": 1,
     }  # fmt: skip
     return ParallelRun(tp_size=tp_size, pp_size=pp_size, **(fields | changed))
 
@@ -122,7 +123,7 @@ def test_a_corrupted_cache_is_caught_on_several_ranks(tiny):
         2, 1, batching=batching, workload=decisions.workload(60), limits=decisions.LIMITS,
         max_model_tokens=decisions.CONTEXT, corruption=Corruption(kind="skip_free", index=20),
     )  # fmt: skip
-    lines = parallel.parallel_lines("continuous", run, tiny.config)
+    lines = parallel.parallel_lines("continuous", run)
     assert lines[0].verdict is Verdict.missed
 
 

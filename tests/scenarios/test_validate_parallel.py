@@ -32,7 +32,9 @@ def test_decisions_bytes_and_numbers_pass(tmp_path, sizes, carried):
     by_question = {line["question"]: [] for line in lines}
     for line in lines:
         by_question[line["question"]].append(line)
-    assert [line["verdict"] for line in by_question["decisions"]] == ["passed"]
+    # Of two stages two batches are in flight, and requests are routed to them.
+    asked = 2 if "pp_size=2" in sizes else 1
+    assert [line["verdict"] for line in by_question["decisions"]] == ["passed"] * asked
     assert [line["verdict"] for line in by_question["numbers"]] == ["passed"] * 2
     assert [line["verdict"] for line in by_question["time"]] == ["not_run"]
     sent = {
@@ -45,17 +47,33 @@ def test_decisions_bytes_and_numbers_pass(tmp_path, sizes, carried):
     assert {line["verdict"] for line in sent.values()} == {"passed"}
 
 
-def test_time_is_asked_of_the_ranks_own_iterations(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(2, 1), (1, 2)])
+def test_time_is_asked_of_the_ranks_own_iterations(tmp_path, monkeypatch, tp_size, pp_size):
     monkeypatch.setenv("HOME", str(tmp_path))
     sizes = ["time_requests=3", "repeats=1", "policy/batching=continuous"]
+    sizes += [f"tp_size={tp_size}", f"pp_size={pp_size}"]
     # On a busy machine a line may miss: that is a finding about the machine, not about the code.
     code, lines = validate(tmp_path, "only=[time]", *sizes)
     timed = [line for line in lines if line["question"] == "time"]
     assert code == any(line["verdict"] == "missed" for line in timed)
     assert "continuous: TTFT, median error of a request" in {line["metric"] for line in timed}
+    told = {line["metric"] for line in timed}
+    assert ("stages that compute at once take longer by" in told) == (pp_size > 1)
     assert (tmp_path / "validation" / "timeline.png").exists()
     node = read_node(tmp_path / ".config" / "diptych" / "node" / "this_machine.yaml")
-    assert set(node.calibration.models) == {"tiny_llama_tp2_pp1"}
+    assert set(node.calibration.models) == {f"tiny_llama_tp{tp_size}_pp{pp_size}"}
+
+
+def test_routing_rules_of_lanes_and_one_batch_can_be_asked_for(tmp_path):
+    asked = ["only=[decisions]", "tp_size=1", "pp_size=2", "policy/batching=continuous"]
+    code, lines = validate(tmp_path, *asked, "policy/routing=round_robin,least_loaded")
+    told = [line["metric"] for line in lines if line["question"] == "decisions"]
+    assert code == 0
+    assert len(told) == 4
+    assert told[2] == "continuous, least_loaded: routing decisions that differ"
+    code, lines = validate(tmp_path / "one", *asked, "engine.batches_in_flight=1")
+    told = [line["metric"] for line in lines if line["question"] == "decisions"]
+    assert (code, told) == (0, ["continuous: decisions that differ"])
 
 
 def test_a_seeded_corruption_makes_it_fail(tmp_path):

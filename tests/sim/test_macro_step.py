@@ -24,7 +24,7 @@ from sim.decision_rows import canonical, expand
 from sim.engine import ReplicaLimits
 from sim.policies.batching.base import Batching
 from sim.processes.exact_time import ExactEnvironment
-from sim.processes.pace import Costed, Jittered
+from sim.processes.pace import Costed, Jitter, Jittered
 from sim.processes.replica import Replica, simulate
 from sim.trace import State, Trace
 from sim.workload.source import Source
@@ -46,7 +46,7 @@ def test_macro_steps_equal_single_steps_bit_for_bit(name: str, case: Case) -> No
 def test_jitter_is_the_same_for_macro_steps_and_single_steps(
     name: str, case: Case, seed: int
 ) -> None:
-    pace = Jittered(case.cost, [0.5, 0.9, 1.0, 1.6], seed)
+    pace = Jittered(case.cost, Jitter([0.5, 0.9, 1.0, 1.6], seed))
     fast, slow = (
         simulate(
             Source(case.workload, 0, CONTEXT), POLICIES[name], case.limits, pace, one_by_one=single
@@ -60,7 +60,7 @@ def test_jitter_draws_every_measured_ratio_equally_often() -> None:
     ratios = [0.7, 1.0, 1.1, 1.2]
     case = Case(recorded([(0, 1, 8001)]), ReplicaLimits(1, 64, 16, 999), PromptSeconds(1.0, 0, 1.0))
     source = Source(case.workload, 0, CONTEXT)
-    pace = Jittered(case.cost, ratios, 0)
+    pace = Jittered(case.cost, Jitter(ratios, 0))
     trace = simulate(source, POLICIES["continuous"], case.limits, pace)
     spent_s = (trace.iterations["end_s"] - trace.iterations["start_s"])[1:].round(6)
     values, times = np.unique(spent_s, return_counts=True)

@@ -185,7 +185,7 @@ def test_several_ranks_with_slow_parts_a_stopped_link_and_a_death_answer_all() -
     def outcome(*faults: Fault) -> Result:
         scenario = Scenario(
             model=Model(name="llama_3_8b"), node=load_node("h100_sxm_x8"), tp_size=2, pp_size=2,
-            num_replicas=2, faults=list(faults), detection_s=0.5,
+            num_replicas=2, faults=list(faults), detection_s=0.5, engine=Engine(batches_in_flight=1),
             workload=Poisson(rate_per_s=8.0, num_requests=60, input_tokens=256, output_tokens=64),
         )  # fmt: skip
         with warnings.catch_warnings():
