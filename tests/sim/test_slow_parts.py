@@ -21,7 +21,7 @@ from serving_cases import (
 from hardware_models.parts import load_gpu, load_node
 from sim.api import run
 from sim.decision_rows import canonical
-from sim.engine import ReplicaLimits
+from sim.engine import Engine, ReplicaLimits
 from sim.faults import Fault, Kind, Part
 from sim.policies.routing.least_loaded import LeastLoaded
 from sim.policies.routing.round_robin import RoundRobin
@@ -185,7 +185,8 @@ def test_several_ranks_with_slow_parts_a_stopped_link_and_a_death_answer_all() -
     def outcome(*faults: Fault) -> Result:
         scenario = Scenario(
             model=Model(name="llama_3_8b"), node=load_node("h100_sxm_x8"), tp_size=2, pp_size=2,
-            num_replicas=2, faults=list(faults), detection_s=0.5, engine=Engine(batches_in_flight=1),
+            num_replicas=2, faults=list(faults), detection_s=0.5,
+            engine=Engine(batches_in_flight=1),
             workload=Poisson(rate_per_s=8.0, num_requests=60, input_tokens=256, output_tokens=64),
         )  # fmt: skip
         with warnings.catch_warnings():
