@@ -64,6 +64,8 @@ class KernelCost:
         self.overhead_s = overhead_s
         self.communication = communication
         self._fixed_s: dict[tuple[int, int], float] = {}
+        self._bodies: dict[int, Seconds] = {}
+        self._heads: dict[int, Seconds] = {}
         self._sampled_s: dict[int, float] = {}
         self._curves: dict[int, Curve] = {}
 
@@ -101,7 +103,12 @@ class KernelCost:
         return seconds
 
     def _parts(self, tokens: int, sampled: int) -> Seconds:
-        kernels = self.kernels.tokens(tokens).plus(self.kernels.sampled(sampled))
+        # Each is asked once: batches differ in the pair far more than in either number.
+        if (body := self._bodies.get(tokens)) is None:
+            body = self._bodies[tokens] = self.kernels.tokens(tokens)
+        if (head := self._heads.get(sampled)) is None:
+            head = self._heads[sampled] = self.kernels.sampled(sampled)
+        kernels = body.plus(head)
         around = Seconds(datasheet=self.overhead_s).plus(self.communication(tokens, sampled))
         return kernels.plus(around)
 
