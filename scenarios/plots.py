@@ -1,6 +1,6 @@
 """Pictures of a trace. Every function takes what it draws on or where it writes, and a `Trace`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from sim.trace_merge import num_replicas, of_replica
 
 FEW = 400
 """Up to so many bars, each gets an outline of its own."""
+MOST_ROWS = 4
+"""Replicas that the diptych shows; of more, the first."""
 
 
 def timeline(
@@ -58,18 +60,31 @@ def two_panels(
         window: seconds to show; None: all of both.
     """
     span = window or (0.0, max(end_s(simulated), end_s(measured)))
+    rows = _rows({"simulated": simulated, "measured": measured})
     with mpl.rc_context(STYLE):
-        figure, (above, below) = _figure(2, (11.0, 5.6))
-        timeline(above, simulated, "simulated", span)
-        timeline(below, measured, "measured", span)
-        top = max(above.get_ylim()[1], below.get_ylim()[1])
-        for axes in (above, below):
+        figure, panels = _figure(len(rows), (11.0, 2.8 * max(len(rows), 2)))
+        for axes, (title, trace) in zip(panels, rows, strict=True):
+            timeline(axes, trace, title, span)
+        top = max(axes.get_ylim()[1] for axes in panels)
+        for axes in panels:
             axes.set_ylim(0, top)
-        above.tick_params(labelbottom=False)
-        below.set_xlabel("time (s)")
+            axes.tick_params(labelbottom=axes is panels[-1])
+        panels[-1].set_xlabel("time (s)")
         kinds = set(simulated.iterations["kind"].tolist() + measured.iterations["kind"].tolist())
         _legend(figure, kinds)
         return write(figure, path)
+
+
+def _rows(sides: Mapping[str, Trace]) -> list[tuple[str, Trace]]:
+    """What has iterations of its own, replica by replica, the sides of each below each other."""
+    count = max(map(num_replicas, sides.values()))
+    if count == 1:
+        return list(sides.items())
+    return [
+        (f"{side}, replica {number}", of_replica(trace, number))
+        for number in range(min(count, MOST_ROWS))
+        for side, trace in sides.items()
+    ]
 
 
 def run_overview(trace: Trace, path: Path, title: str) -> Path:

@@ -38,9 +38,12 @@ def counts(trace: Trace) -> Counts:
     instant_s, state = np.asarray(events["instant_s"], np.float64), events["state"]
     seated = state == State.admitted
     torn = _lost_their_seat(trace)
-    left = (state == State.preempted) | (state == State.finished) | torn
+    over = state == State.handed_over
+    left = (state == State.preempted) | (state == State.finished) | torn | over
     arrival_s = np.asarray(trace.requests["arrival_s"], np.float64)
     back = (state == State.preempted) | torn  # to a queue, be it the router's
+    # Or to that of another replica, if the trace is of both.
+    back |= over & np.isin(events["request"], trace.hand_overs["request"])
     queue_s = np.concatenate((arrival_s, instant_s[seated], instant_s[back]))
     queue = np.repeat([1, -1, 1], [len(arrival_s), int(seated.sum()), int(back.sum())])
     return Counts(

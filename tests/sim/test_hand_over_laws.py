@@ -23,6 +23,7 @@ from sim.engine import ReplicaLimits
 from sim.models.architecture import load_architecture
 from sim.models.work import IterationShape
 from sim.placement import Placement
+from sim.plot_data import counts
 from sim.policies.instance_plan.base import InstancePlan, phases
 from sim.policies.instance_plan.colocated import Colocated
 from sim.policies.instance_plan.prefill_decode import PrefillDecode
@@ -161,6 +162,19 @@ def test_kv_is_written_where_it_is_computed_and_again_where_it_moves(
     computed += int((trace.decisions["num_decodes"] * trace.decisions["repeat"]).sum())
     moved = int(trace.hand_overs["kv_tokens"].sum())
     assert done.kv_bytes_written == (computed + moved) * TOKEN_BYTES
+
+
+@settings(max_examples=20)
+@given(case=cases(), count=st.integers(2, 3))
+def test_who_runs_and_who_waits_is_never_negative_and_nobody_in_the_end(
+    case: Case, count: int
+) -> None:
+    trace = run(case, POLICIES["continuous"], count)
+    for part in (trace, *(of_replica(trace, at) for at in range(count))):
+        found = counts(part)
+        assert found.running.value.min() >= 0
+        assert found.waiting.value.min() >= 0
+        assert found.running.value[-1] == found.waiting.value[-1] == 0
 
 
 def test_one_request_is_prefilled_moved_and_decoded_one_after_the_other() -> None:
