@@ -133,20 +133,6 @@ class Lives(Processes):
             )
         time.sleep(timeout_s)
 
-    def _next(self, number: int) -> tuple[str, Any]:
-        """As `_take`, for which a lost replica is an error."""
-        kind, content = self._connections[number].recv()
-        self._heard[number] = time.monotonic()
-        if kind == "refused":
-            raise ValueError(f"replica {number}: {content}")
-        if kind == "failed":
-            raise RuntimeError(self._lost(number, f"has failed:\n{content}"))
-        if kind == "result":
-            self._results[number] = content
-        if kind == "idle":
-            self._idle[number] = content
-        return kind, content
-
     def result(self, number: int) -> Any:
         """What a live replica sends when it is done; see `Processes`."""
         while number not in self._results:

@@ -177,9 +177,13 @@ class Processes:
     def _take(self, number: int) -> tuple[str, Any]:
         """The next message of one replica."""
         try:
-            kind, content = self._connections[number].recv()
+            return self._next(number)
         except (EOFError, ConnectionResetError) as error:
             raise RuntimeError(self._lost(number, "has died")) from error
+
+    def _next(self, number: int) -> tuple[str, Any]:
+        """As `_take`; the end of the connection is not explained."""
+        kind, content = self._connections[number].recv()
         self._heard[number] = time.monotonic()
         if kind == "refused":
             raise ValueError(f"replica {number}: {content}")
