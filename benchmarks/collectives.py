@@ -54,12 +54,18 @@ CONSOLE = Console(width=110)
 def main() -> None:
     """Measure, print the tables and, last, one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--apex", type=Path, help="folder of APEX's nccl-tests results")
+    parser.add_argument(
+        "--apex", type=Path, help="folder of APEX's nccl-tests results, with a folder for each GPU"
+    )
     parser.add_argument("--vidur", type=Path, help="folder of Vidur's network profiles")
     parser.add_argument("--gpus", type=int, default=1024)
     options = parser.parse_args()
+    try:
+        foreign = list(others(options))  # first: a wrong folder is told before minutes of work
+    except ValueError as error:
+        parser.error(str(error))
     CONSOLE.print(f"{machine()}, commit {commit()}")
-    figures: Figures = {"held_out": held_out(), "across_tables": across(options)}
+    figures: Figures = {"held_out": held_out(), "across_tables": across(foreign)}
     figures |= {"deepep": deepep(), "datasheet": datasheet(), "lookup": lookup()}
     figures["all_to_all"] = all_to_all(options.gpus)
     print(json.dumps(figures))
@@ -91,14 +97,14 @@ def held_out() -> Figures:
     return figures
 
 
-def across(options: argparse.Namespace) -> Figures:
+def across(foreign: list[tuple[str, str, list[Measured]]]) -> Figures:
     """Errors against another laboratory's table, at sizes left out of ours."""
     table = grid(
         "Another table of the same GPU, median relative (target: no worse than apart + 5 points)",
         "GPU", "other", "operation", "points", "tables apart", "our error", "held",
     )  # fmt: skip
     figures: Figures = {}
-    for gpu, other, rows in others(options):
+    for gpu, other, rows in foreign:
         ours, _ = read_silicon(gpu)
         both = compare(
             CollectiveTable(ours, "half", name=gpu), [r for r in rows if r.num_nodes == 1]
