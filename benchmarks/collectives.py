@@ -54,9 +54,7 @@ CONSOLE = Console(width=110)
 def main() -> None:
     """Measure, print the tables and, last, one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--apex", type=Path, help="folder of APEX's nccl-tests results, with a folder for each GPU"
-    )
+    parser.add_argument("--apex", type=Path, help="folder of APEX's nccl-tests results by GPU")
     parser.add_argument("--vidur", type=Path, help="folder of Vidur's network profiles")
     parser.add_argument("--gpus", type=int, default=1024)
     options = parser.parse_args()
