@@ -12,6 +12,7 @@ from sim.engine import ReplicaLimits
 from sim.models.work import IterationShape
 from sim.requests import Request, RequestView, RunningView
 from sim.state.prefix_cache import NOTHING_CACHED, CachedPrefix, PrefixCache
+from sim.state.prefixes import Prefixes
 
 
 class Seat:
@@ -45,7 +46,7 @@ class Seat:
 class ReplicaState:
     """The bookkeeping of one replica: a `ReplicaView` for policies, verbs for the process."""
 
-    def __init__(self, limits: ReplicaLimits) -> None:
+    def __init__(self, limits: ReplicaLimits, prefixes: Prefixes | None = None) -> None:
         self.limits = limits
         self.waiting: deque[RequestView] = deque()
         self.free_blocks = limits.num_blocks
@@ -64,7 +65,9 @@ class ReplicaState:
         """Requests from elsewhere whose KV has blocks here and that do not run yet."""
         self._held: dict[int, Seat] = {}
         """Requests that went on elsewhere and whose KV is not fetched yet."""
-        self._prefixes = PrefixCache(limits.block_size) if limits.prefix_caching else None
+        if prefixes is None and limits.prefix_caching:
+            prefixes = PrefixCache(limits.block_size)
+        self._prefixes = prefixes
 
     @property
     def num_running(self) -> int:

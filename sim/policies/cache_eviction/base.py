@@ -1,0 +1,47 @@
+"""Cache eviction: which cached document leaves a tier of the knowledge tree first."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from sim.policies.base import Policy
+from sim.state.knowledge_node import NodeView, Tier
+
+
+@dataclass(kw_only=True)
+class CacheEviction(Policy):
+    """Gives every document in a tier a priority; of the leaves of the tier the lowest one leaves.
+
+    The tree asks when a document comes into a tier and whenever a request uses it, and keeps the
+    answer until then. Of equal priorities the one used longest ago leaves.
+    """
+
+    @abstractmethod
+    def priority(self, memory: Any, tier: Tier, node: NodeView) -> float:
+        """How much a document is worth there now. Changes nothing.
+
+        Args:
+            memory: what `init` made.
+            tier: where the document is.
+            node: what is known of it.
+        """
+
+    def evicted(self, memory: Any, tier: Tier, priority: float) -> None:
+        """A document of this priority has left the tier.
+
+        Args:
+            memory: what `init` made; the only argument that may change.
+            tier: which it left.
+            priority: that it had.
+        """
+        del memory, tier, priority
+
+
+def new_clocks() -> dict[Tier, float]:
+    """A logical clock a tier (RAGCache section 5.1: GPU and host have separate ones)."""
+    return dict.fromkeys(Tier, 0.0)
+
+
+def advance(clocks: dict[Tier, float], tier: Tier, priority: float) -> None:
+    """Set the clock of a tier to the highest priority that has left it (RAGCache eq. 2)."""
+    clocks[tier] = max(clocks[tier], priority)
