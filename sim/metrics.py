@@ -75,11 +75,18 @@ class RequestTimes(NamedTuple):
 
 
 def request_times(trace: Trace) -> RequestTimes:
-    """Arrival, first scheduling, first and last token of every finished request."""
+    """Arrival, first scheduling, first and last token of every finished request.
+
+    Where documents are retrieved, of the generations that count; a token that was computed before
+    its documents were certain is there when they are.
+    """
     order = np.argsort(trace.requests["request"], kind="stable")
     ids = trace.requests["request"][order]
     events = trace.events
     done = np.sort(_of(events, State.finished))
+    searches = trace.searches
+    if len(searches["generation"]):
+        done = np.intersect1d(done, searches["generation"])
     order = order[np.isin(ids, done)]
     ids = trace.requests["request"][order]
     admitted, admitted_s = _first(events, State.admitted)
@@ -90,16 +97,26 @@ def request_times(trace: Trace) -> RequestTimes:
     last = by_request[np.searchsorted(run_request, ids, "right") - 1]
     end_s = trace.iterations["end_s"]
     preempted = np.sort(_of(events, State.preempted))
+    certain_s = _certain_s(searches, ids)
     return RequestTimes(
         request=ids,
         arrival_s=trace.requests["arrival_s"][order],
         scheduled_s=admitted_s[np.searchsorted(admitted, ids)],
-        first_token_s=end_s[runs["first_iteration"][first]],
-        last_token_s=end_s[_last_iteration(trace, last)],
+        first_token_s=np.maximum(end_s[runs["first_iteration"][first]], certain_s),
+        last_token_s=np.maximum(end_s[_last_iteration(trace, last)], certain_s),
         output_tokens=trace.requests["output_tokens"][order],
         num_preemptions=np.searchsorted(preempted, ids, "right")
         - np.searchsorted(preempted, ids, "left"),
     )
+
+
+def _certain_s(searches: Mapping[str, Array], generations: Ints) -> Floats:
+    """When the documents of each generation were certain; before all time without a search."""
+    if not len(searches["generation"]):
+        return np.full(len(generations), -np.inf)
+    order = np.argsort(searches["generation"])
+    found = order[np.searchsorted(searches["generation"][order], generations)]
+    return searches["end_s"][found]
 
 
 class WeightedGaps(NamedTuple):

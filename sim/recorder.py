@@ -288,9 +288,9 @@ class RouteRecorder:
     def tables(self) -> tuple[Table, Table, Table]:
         """Routes, answers and hand-overs so far."""
         return (
-            _rows(schema.ROUTES, self._routes),
-            _rows(schema.ANSWERS, self._answers),
-            _rows(schema.HAND_OVERS, self._hand_overs),
+            rows_table(schema.ROUTES, self._routes),
+            rows_table(schema.ANSWERS, self._answers),
+            rows_table(schema.HAND_OVERS, self._hand_overs),
         )
 
     def _decision(
@@ -310,13 +310,13 @@ _MOVES = ("admitted", "preempted")
 def _table(kinds: Mapping[str, str], flat: "array[float]", replica: int | None = None) -> Table:
     """Columns of rows that were appended one after another, all of one replica."""
     if replica is None:
-        return _rows(kinds, flat)
-    table = _rows({name: kind for name, kind in kinds.items() if name != "replica"}, flat)
+        return rows_table(kinds, flat)
+    table = rows_table({name: kind for name, kind in kinds.items() if name != "replica"}, flat)
     count = len(next(iter(table.values())))
     return {"replica": np.full(count, replica, np.int64), **table}
 
 
-def _rows(kinds: Mapping[str, str], flat: "array[float]") -> Table:
+def rows_table(kinds: Mapping[str, str], flat: "array[float]") -> Table:
     """Columns of rows that were appended one after another."""
     # A view, not a copy: millions of rows are held once here and once in the columns.
     rows = (np.frombuffer(flat) if len(flat) else np.zeros(0)).reshape(-1, len(kinds))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 PREFILL, DECODE = 1, 2
 """Bits of an iteration's kind; both: a mixed iteration."""
@@ -35,6 +35,8 @@ class State(IntEnum):
     """It has its first token here and goes on elsewhere; its KV stays until it is fetched."""
     lost = 6
     """Its replica died: what it held there is gone. The tokens of its answer are not."""
+    cancelled = 7
+    """Nobody wants its answer any more."""
 
 
 Array = NDArray[Any]
@@ -66,6 +68,24 @@ HAND_OVERS = {
 """Prefilled requests that go from replica `source` to another, and what was observed before, as in
 `ROUTES`. The other knew of it at `announced_s`, gave it blocks at `fetched_s` and had the KV of
 `kv_tokens` tokens at `delivered_s`; the source had its blocks back at `released_s`."""
+SEARCHES = {
+    "request": "i", "generation": "i", "arrival_s": "f", "begin_s": "f", "end_s": "f",
+}  # fmt: skip
+"""Searches for documents that have ended. `generation` is the request of the replica that answers:
+each attempt to generate with documents found is a request there, of the same arrival."""
+STAGES = {
+    "request": "i", "stage": "i", "instant_s": "f", "pool_size": "i", "stopped": "i",
+    "started": "i",
+}  # fmt: skip
+"""What stages of searches led to: the generation that was stopped and the one that was started, or
+-1. The engine took note at `instant_s`, with so many prefills pending."""
+LOOKUPS = {
+    "request": "i", "instant_s": "f", "gpu_documents": "i", "host_documents": "i",
+    "missed_documents": "i", "gpu_tokens": "i", "host_tokens": "i",
+}  # fmt: skip
+"""What a generation found cached when it was admitted for the first time."""
+MOVES = {"instant_s": "f", "kind": "i", "node": "i", "document": "i", "blocks": "i"}
+"""Steps of the knowledge cache in order: see `MoveKind`."""
 RUNS = {"request": "i", "first_iteration": "i", "count": "i"}
 SPANS = {"start_s": "f", "end_s": "f", "flops": "f", "bytes": "f", "request": "i"}
 SPAN_NAMES = ("resource", "operation")
@@ -122,6 +142,11 @@ class Trace:
     answers: Mapping[str, Array] = field(default_factory=lambda: empty(ANSWERS))
     hand_overs: Mapping[str, Array] = field(default_factory=lambda: empty(HAND_OVERS))
     """Without rows where every replica prefills and decodes."""
+    searches: Mapping[str, Array] = field(default_factory=lambda: empty(SEARCHES))
+    """Without rows, as the three tables below, where no documents are retrieved."""
+    stages: Mapping[str, Array] = field(default_factory=lambda: empty(STAGES))
+    lookups: Mapping[str, Array] = field(default_factory=lambda: empty(LOOKUPS))
+    moves: Mapping[str, Array] = field(default_factory=lambda: empty(MOVES))
     spans: Mapping[str, Array] = field(default_factory=lambda: empty(SPANS))
     span_names: Mapping[str, list[str]] = field(
         default_factory=lambda: {name: [] for name in SPAN_NAMES}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TABLES = (
     "iterations", "requests", "events", "runs", "decisions", "spans", "routes", "answers",
-    "hand_overs",
+    "hand_overs", "searches", "stages", "lookups", "moves",
 )  # fmt: skip
 STAMP = b"diptych_trace_schema"
 

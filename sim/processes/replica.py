@@ -17,6 +17,7 @@ from sim.processes.feed import Feed
 from sim.processes.pace import Pace
 from sim.recorder import Recorder
 from sim.requests import Request, RequestView
+from sim.state.prefixes import Prefixes
 from sim.state.replica_state import ReplicaState, Seat
 from sim.trace import State, Trace
 from sim.workload.source import Source
@@ -32,6 +33,14 @@ class Inlet(Protocol):
 
     def take(self, replica: "Replica") -> None:
         """Seat the requests whose KV has come, and decide whose is fetched now."""
+        ...
+
+
+class Copier(Protocol):
+    """Carries out what a knowledge cache decided with a batch, before the batch is computed."""
+
+    def copy(self, now_s: float) -> float:
+        """Note it, and return the seconds that its copies take."""
         ...
 
 
@@ -62,6 +71,8 @@ class Replica:
         number: int = 0,
         pass_on: PassOn | None = None,
         inlet: Inlet | None = None,
+        prefixes: Prefixes | None = None,
+        copier: Copier | None = None,
     ) -> None:
         self.environment = environment
         self.number = number
@@ -69,10 +80,10 @@ class Replica:
         self.pace = pace
         self.one_by_one = one_by_one
         self.finished = finished
-        self.state = ReplicaState(limits)
+        self.state = ReplicaState(limits, prefixes)
         self.recorder = Recorder(number)
         self._memory = batching.init()
-        self._pass_on, self._inlet = pass_on, inlet
+        self._pass_on, self._inlet, self._copier = pass_on, inlet, copier
         self._idle: Event | None = None
         self._timer: Event | None = None
         """The end of the decode stretch under way, if it may be cut short."""
@@ -182,6 +193,9 @@ class Replica:
             if batch.prefill or batch.preempt or batch.admit:
                 yield environment.boundary(self._iterate(batch))
                 self._complete(batch.prefill)
+            elif batch.decode and state.num_decoding and self._evicts_next():
+                yield environment.boundary(self._iterate(batch))
+                self._complete(())
             elif batch.decode and state.num_decoding:
                 yield self._stretch()
                 self._timer = None
@@ -194,6 +208,20 @@ class Replica:
                 self._see(idle=True)
             else:
                 yield self._sleep()
+
+    def _evicts_next(self) -> bool:
+        """Whether the next decode takes blocks that must be copied elsewhere first."""
+        return self._copier is not None and self.state.decode_blocks > self.state.empty_blocks
+
+    def cancel(self, request_id: int) -> None:
+        """Let a request go at a boundary; nothing happens to one that has its last token."""
+        if not self.state.knows(request_id):
+            return
+        ran = self.state.cancel(request_id)
+        if ran is not None:
+            self._ended(*ran, State.cancelled)
+        else:
+            self.recorder.event(request_id, self.environment.now, State.cancelled)
 
     def die(self) -> dict[int, int]:
         """End for ever, now, before any boundary of this instant: what is under way is lost.
@@ -248,12 +276,14 @@ class Replica:
             shape = self._apply(batch)
         except ValueError as error:
             raise ValueError(self._complaint(f"{batch}: {error}")) from error
-        boundaries = self.pace.iteration(now, shape)
+        if shape.num_decodes:
+            state.decode(1)
+        # Copies come first, as the batch takes the blocks that they free and reads what they bring.
+        copy_s = 0.0 if self._copier is None else self._copier.copy(now)
+        boundaries = self.pace.iteration(now + copy_s, shape)
         self._decided_s = now
         self._log(1, before, shape, batch)
         self.recorder.passed(boundaries)
-        if shape.num_decodes:
-            state.decode(1)
         if state.free_blocks < 0 or state.num_running > state.limits.max_num_seqs:
             raise ValueError(self._complaint(f"{batch} takes more blocks or seats than there are"))
         return boundaries[1]
@@ -278,7 +308,9 @@ class Replica:
             standing, count = ONE_BY_ONE, state.steps_in_memory(1)
         else:
             standing = self.batching.steady(self._memory, state)
-            count = state.steps_in_memory(min(standing.iterations, state.steps_to_finish()))
+            empty = None if self._copier is None else state.empty_blocks
+            count = min(standing.iterations, state.steps_to_finish())
+            count = state.steps_in_memory(count, empty)
             self._arrival_cuts = Wake.arrival in standing.wake_on
             if self._unseen and (self._arrival_cuts or any(news.always for news in self._unseen)):
                 count = min(count, 1)

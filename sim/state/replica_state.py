@@ -75,6 +75,11 @@ class ReplicaState:
         return len(self._seats)
 
     @property
+    def num_prefilling(self) -> int:
+        """Running requests in mid-prefill."""
+        return len(self._prefilling)
+
+    @property
     def num_unfinished(self) -> int:
         """Requests that wait, run, or have KV here and no seat."""
         return len(self.waiting) + len(self._seats) + len(self._held) + self.num_fetching
@@ -133,6 +138,23 @@ class ReplicaState:
         """Queue a request that has arrived, or comes from a replica that died in mid-answer."""
         self._requests[request.request_id] = request
         self.waiting.append(request.view(generated_tokens))
+
+    def knows(self, request_id: int) -> bool:
+        """Whether a request waits or runs."""
+        return request_id in self._requests
+
+    def cancel(self, request_id: int) -> tuple[Seat, int] | None:
+        """Let a request go that nobody wants any more; its seat and decode count, if it ran."""
+        seat = self._seats.get(request_id)
+        count = 0
+        if seat is not None:
+            count = self.steps - seat.joined if seat.joined >= 0 else 0
+            self._leave(seat)
+        elif request_id in self._requests:
+            self._take(request_id)
+        if self._requests.pop(request_id, None) is not None and self._prefixes is not None:
+            self._prefixes.forget(request_id)
+        return None if seat is None else (seat, count)
 
     def seats(self) -> list[Seat]:
         """Of all running requests, in order of admission."""
@@ -259,13 +281,19 @@ class ReplicaState:
             heappop(finish)
         return finish[0][0] - self.steps
 
-    def steps_in_memory(self, wanted: int) -> int:
-        """How many of `wanted` decode iterations the free blocks last for."""
+    @property
+    def empty_blocks(self) -> int:
+        """Free blocks that hold no cached prefix: they can be taken without evicting anything."""
+        return self.free_blocks - (0 if self._prefixes is None else self._prefixes.unheld)
+
+    def steps_in_memory(self, wanted: int, free_blocks: int | None = None) -> int:
+        """How many of `wanted` decode iterations the free blocks, or some of them, last for."""
         size = self.limits.block_size
-        if self.num_decoding * -(-wanted // size) <= self.free_blocks:
+        free = self.free_blocks if free_blocks is None else free_blocks
+        if self.num_decoding * -(-wanted // size) <= free:
             return wanted
-        rounds = self.free_blocks // self.num_decoding
-        left = self.free_blocks - rounds * self.num_decoding
+        rounds = free // self.num_decoding
+        left = free - rounds * self.num_decoding
         count = rounds * size
         while count < wanted:
             left -= self._edges[(self.steps + count) % size]

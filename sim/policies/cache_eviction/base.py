@@ -37,6 +37,22 @@ class CacheEviction(Policy):
         del memory, tier, priority
 
 
+class BoundEviction:
+    """A rule with its memory, as the knowledge tree takes it."""
+
+    def __init__(self, rule: CacheEviction) -> None:
+        self._rule = rule
+        self._memory = rule.init()
+
+    def priority(self, tier: Tier, node: NodeView) -> float:
+        """See `CacheEviction`."""
+        return self._rule.priority(self._memory, tier, node)
+
+    def evicted(self, tier: Tier, priority: float) -> None:
+        """See `CacheEviction`."""
+        self._rule.evicted(self._memory, tier, priority)
+
+
 def new_clocks() -> dict[Tier, float]:
     """A logical clock a tier (RAGCache section 5.1: GPU and host have separate ones)."""
     return dict.fromkeys(Tier, 0.0)

@@ -1,0 +1,136 @@
+"""Requests that wait for documents, and the attempts to generate them: the same on both panels."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from sim.policies.retrieval_overlap.base import RetrievalOverlap, SearchView, checked_action
+from sim.requests import Request
+from sim.workload.knowledge import Documents, KnowledgeWorkload
+
+NONE = -1
+"""Where no generation was stopped or started."""
+
+
+class Question(NamedTuple):
+    """A request before its documents are certain."""
+
+    request: Request
+    """With the prompt that it has in the end."""
+    stages: tuple[tuple[int, ...], ...]
+    """Documents by rank after each stage of the search; the last ones are the answer."""
+
+    @property
+    def last_stage(self) -> int:
+        """The stage after which the search is over."""
+        return len(self.stages) - 1
+
+    def matters(self, stage: int) -> bool:
+        """Whether a stage has changed the documents or is the last; only these are decided on."""
+        before = self.stages[stage - 1] if stage else ()
+        return stage == self.last_stage or self.stages[stage] != before
+
+
+def questions(workload: KnowledgeWorkload, seed: int, max_model_tokens: int) -> Iterator[Question]:
+    """All requests of a workload in order of arrival.
+
+    Args:
+        workload: where they come from.
+        seed: the scenario's seed.
+        max_model_tokens: context of the model, prompt and answer together.
+    """
+    number = 0
+    for columns in workload.columns(seed):
+        assert columns.retrieved is not None, "a knowledge workload retrieves"
+        rows = zip(
+            columns.arrival_s.tolist(), columns.prompt_tokens.tolist(),
+            columns.output_tokens.tolist(), columns.retrieved, strict=True,
+        )  # fmt: skip
+        for arrival_s, prompt, output, stages in rows:
+            most = max_model_tokens - prompt
+            if workload.max_output_tokens is not None:
+                most = min(most, workload.max_output_tokens)
+            yield Question(Request(number, arrival_s, prompt, output, most), stages)
+            number += 1
+
+
+class Attempt(NamedTuple):
+    """What is generated for a question."""
+
+    generation: int
+    documents: tuple[int, ...]
+
+
+class Generation(NamedTuple):
+    """An attempt that starts now."""
+
+    request: Request
+    """For the replica: its id is the generation's, its prompt has these documents."""
+    documents: tuple[int, ...]
+
+
+class Decided(NamedTuple):
+    """What a stage led to."""
+
+    stopped: int
+    """Generation to end, or `NONE`."""
+    started: Generation | None
+
+
+class Generations:
+    """Which question is being generated with which documents."""
+
+    def __init__(self, rule: RetrievalOverlap, documents: Documents, num_stages: int) -> None:
+        """Begin without any.
+
+        Args:
+            rule: decides at every stage that matters.
+            documents: their lengths.
+            num_stages: of a search, at most.
+        """
+        self._rule, self._num_stages = rule, num_stages
+        self._tokens = documents.tokens
+        self._attempts: dict[int, Attempt] = {}
+
+    def staged(self, question: Question, stage: int, pool_size: int) -> Decided:
+        """Decide what a stage leads to."""
+        request_id = question.request.request_id
+        attempt = self._attempts.get(request_id)
+        view = SearchView(
+            question.stages[stage],
+            question.stages[stage - 1] if stage else (),
+            None if attempt is None else attempt.documents,
+            stage == question.last_stage,
+            pool_size,
+        )
+        action = checked_action(self._rule, view)
+        stopped = NONE
+        if action.stop and attempt is not None:
+            stopped = attempt.generation
+            del self._attempts[request_id]
+        if not action.start:
+            return Decided(stopped, None)
+        generation = request_id * self._num_stages + stage
+        self._attempts[request_id] = Attempt(generation, view.documents)
+        return Decided(stopped, Generation(self._prompt(question, generation, view.documents),
+                                           view.documents))  # fmt: skip
+
+    def answers(self, question: Question) -> int:
+        """The generation that answers a question whose search is over."""
+        return self._attempts.pop(question.request.request_id).generation
+
+    def abandon(self, question: Question) -> int:
+        """Nobody waits for the answer any more: the generation to end, or `NONE`."""
+        attempt = self._attempts.pop(question.request.request_id, None)
+        return NONE if attempt is None else attempt.generation
+
+    def _prompt(self, question: Question, generation: int, documents: tuple[int, ...]) -> Request:
+        """The request of an attempt: the question behind its documents."""
+        final = question.stages[-1]
+        if documents == final:
+            return question.request._replace(request_id=generation)
+        tokens = self._tokens
+        longer = sum([int(tokens[one]) for one in documents]) - sum(
+            [int(tokens[one]) for one in final]
+        )
+        prompt = question.request.prompt_tokens + longer
+        return question.request._replace(request_id=generation, prompt_tokens=prompt)

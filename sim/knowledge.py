@@ -1,0 +1,59 @@
+"""The knowledge cache of a scenario: its tiers, and the search in front of it."""
+
+from dataclasses import dataclass
+from math import isfinite
+
+from sim.units import GIB
+
+
+@dataclass(kw_only=True)
+class Knowledge:
+    """How documents are searched and where their KV is kept. For workloads that retrieve some."""
+
+    reuse: bool = True
+    """Whether KV of documents is kept for later requests at all; false: as vLLM without it."""
+    host_bytes: int = 192 * GIB
+    """Host memory for KV that left the GPU (bytes); 0: the GPU alone keeps documents."""
+    replicate_from: int | None = None
+    """Uses after which a document right behind the system prompt has a copy in host memory ahead
+    of need, so that losing the GPU does not lose what is cached behind it; null: never."""
+    search_cores: int = 4
+    """Searches that run at once, each on a core of its own."""
+    embedding_dimension: int = 1536
+    """Numbers of a vector of the index: text-embedding-3-small's (fp32)."""
+    searched_share: float = 0.125
+    """Share of the vectors that a search compares: clusters probed over clusters (0 to 1)."""
+    scan_bytes_per_s: float = 10e9
+    """Rate at which one core compares vectors: an assumption, a core's memory bandwidth."""
+    stage_overhead_s: float = 1e-3
+    """What a stage of a search adds, such as a call of the vector database: an assumption."""
+
+    def __post_init__(self) -> None:
+        for name in ("search_cores", "embedding_dimension"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"knowledge.{name}={getattr(self, name)} must be at least 1")
+        if self.host_bytes < 0:
+            raise ValueError(
+                f"knowledge.host_bytes={self.host_bytes} must not be negative; 0 is no host tier"
+            )
+        if self.replicate_from is not None and self.replicate_from < 1:
+            raise ValueError(
+                f"knowledge.replicate_from={self.replicate_from} must be at least 1 use, or null"
+            )
+        if not 0 < self.searched_share <= 1:
+            raise ValueError(
+                f"knowledge.searched_share={self.searched_share} must be in (0, 1]; try 0.125"
+            )
+        if not (isfinite(self.scan_bytes_per_s) and self.scan_bytes_per_s > 0):
+            raise ValueError(
+                f"knowledge.scan_bytes_per_s={self.scan_bytes_per_s} must be above 0; try 10e9"
+            )
+        if not (isfinite(self.stage_overhead_s) and self.stage_overhead_s >= 0):
+            raise ValueError(
+                f"knowledge.stage_overhead_s={self.stage_overhead_s} must not be negative; try 1e-3"
+            )
+
+    def stage_s(self, num_documents: int, num_stages: int) -> float:
+        """Seconds of one stage of a search over so many vectors, searched in so many stages."""
+        scanned_bytes = num_documents * self.searched_share * self.embedding_dimension * 4
+        return self.stage_overhead_s + scanned_bytes / num_stages / self.scan_bytes_per_s
