@@ -28,6 +28,9 @@ class RequestColumns:
     """Rows of a trace that were passed over among these because their request had failed."""
     hash_block_tokens: int = HASH_BLOCK_TOKENS
     """Prompt tokens that one prefix hash stands for."""
+    retrieved: list[tuple[tuple[int, ...], ...]] | None = None
+    """What the search of each request had found after each of its stages: documents by rank; the
+    last entry is the answer."""
 
     def __len__(self) -> int:
         return len(self.arrival_s)

@@ -95,10 +95,7 @@ class LengthWorkload(Workload, ABC):
                 half_width = math.sqrt(3) * mean * (self.length_cv or 0.0)
                 return mean + half_width * (2 * rng.random(count) - 1)
             case LengthDistribution.lognormal:
-                variance = math.log1p((self.length_cv or 0.0) ** 2)
-                return np.exp(
-                    math.log(mean) - variance / 2 + math.sqrt(variance) * rng.standard_normal(count)
-                )
+                return lognormal(rng, mean, self.length_cv or 0.0, count)
 
     def whole_tokens(self, drawn: NDArray[np.float64]) -> NDArray[np.int64]:
         """Lengths rounded to whole tokens and held between the limits."""
@@ -108,3 +105,9 @@ class LengthWorkload(Workload, ABC):
     def answers(self, drawn: NDArray[np.float64]) -> NDArray[np.int64]:
         """Like `whole_tokens`, and ended at the limit that each request states."""
         return np.minimum(self.whole_tokens(drawn), self.max_output_tokens or MAX_TOKENS)
+
+
+def lognormal(rng: np.random.Generator, mean: float, cv: float, count: int) -> NDArray[np.float64]:
+    """Lengths of mean `mean` and standard deviation `cv * mean`; drawing in parts is the same."""
+    variance = math.log1p(cv**2)
+    return np.exp(math.log(mean) - variance / 2 + math.sqrt(variance) * rng.standard_normal(count))
