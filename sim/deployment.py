@@ -5,6 +5,7 @@ from functools import partial
 
 from sim.costs.fitted import Fitted
 from sim.faults import Part, outages
+from sim.knowledge_setup import check_knowledge, retrieves, simulate_knowledge_seed
 from sim.models.split import stage_layers
 from sim.placement import place
 from sim.policies.instance_plan.base import phases
@@ -24,6 +25,8 @@ from sim.workload.source import Source
 
 def simulate_seed(scenario: Scenario, setup: Setup, seed: int) -> Trace:
     """The trace of one run; see `sim.api.check` for what cannot run."""
+    if retrieves(scenario):
+        return simulate_knowledge_seed(scenario, setup, seed)
     source = Source(scenario.workload, seed, setup.max_model_tokens)
     policy, ahead = scenario.policy, scenario.engine.schedules_ahead
     if any(one.kills for one in scenario.faults):
@@ -67,6 +70,9 @@ def check_deployment(scenario: Scenario, setup: Setup) -> None:
     apart = separates_phases(scenario)
     if apart or scenario.cluster is not None:
         place(scenario)
+    if retrieves(scenario):
+        for seed in scenario.seeds:
+            check_knowledge(scenario, setup, seed)
     for one in scenario.faults:
         if apart and one.kills:
             raise ValueError(

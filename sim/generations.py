@@ -3,10 +3,15 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sim.policies.retrieval_overlap.base import RetrievalOverlap, SearchView, checked_action
 from sim.requests import Request
 from sim.workload.knowledge import Documents, KnowledgeWorkload
 
+MAX_STAGES = 64
+"""Stages of a search at most: generations are numbered by request and stage."""
 NONE = -1
 """Where no generation was stopped or started."""
 
@@ -76,18 +81,28 @@ class Decided(NamedTuple):
     started: Generation | None
 
 
+def prompt_tokens(
+    question: Question, documents: tuple[int, ...], document_tokens: NDArray[np.int64]
+) -> int:
+    """Length of the prompt of a question behind these documents, which may not be its last."""
+    prompt, final = question.request.prompt_tokens, question.stages[-1]
+    if documents == final:
+        return prompt
+    added = sum([int(document_tokens[one]) for one in documents])
+    return prompt + added - sum([int(document_tokens[one]) for one in final])
+
+
 class Generations:
     """Which question is being generated with which documents."""
 
-    def __init__(self, rule: RetrievalOverlap, documents: Documents, num_stages: int) -> None:
+    def __init__(self, rule: RetrievalOverlap, documents: Documents) -> None:
         """Begin without any.
 
         Args:
             rule: decides at every stage that matters.
             documents: their lengths.
-            num_stages: of a search, at most.
         """
-        self._rule, self._num_stages = rule, num_stages
+        self._rule = rule
         self._tokens = documents.tokens
         self._attempts: dict[int, Attempt] = {}
 
@@ -109,10 +124,11 @@ class Generations:
             del self._attempts[request_id]
         if not action.start:
             return Decided(stopped, None)
-        generation = request_id * self._num_stages + stage
+        generation = request_id * MAX_STAGES + stage
         self._attempts[request_id] = Attempt(generation, view.documents)
-        return Decided(stopped, Generation(self._prompt(question, generation, view.documents),
-                                           view.documents))  # fmt: skip
+        prompt = prompt_tokens(question, view.documents, self._tokens)
+        request = question.request._replace(request_id=generation, prompt_tokens=prompt)
+        return Decided(stopped, Generation(request, view.documents))
 
     def answers(self, question: Question) -> int:
         """The generation that answers a question whose search is over."""
@@ -122,15 +138,3 @@ class Generations:
         """Nobody waits for the answer any more: the generation to end, or `NONE`."""
         attempt = self._attempts.pop(question.request.request_id, None)
         return NONE if attempt is None else attempt.generation
-
-    def _prompt(self, question: Question, generation: int, documents: tuple[int, ...]) -> Request:
-        """The request of an attempt: the question behind its documents."""
-        final = question.stages[-1]
-        if documents == final:
-            return question.request._replace(request_id=generation)
-        tokens = self._tokens
-        longer = sum([int(tokens[one]) for one in documents]) - sum(
-            [int(tokens[one]) for one in final]
-        )
-        prompt = question.request.prompt_tokens + longer
-        return question.request._replace(request_id=generation, prompt_tokens=prompt)

@@ -53,7 +53,7 @@ class Knowledge:
                 f"knowledge.stage_overhead_s={self.stage_overhead_s} must not be negative; try 1e-3"
             )
 
-    def stage_s(self, num_documents: int, num_stages: int) -> float:
-        """Seconds of one stage of a search over so many vectors, searched in so many stages."""
+    def scan_s(self, num_documents: int) -> float:
+        """Seconds in which one core compares the vectors of a search, of so many documents."""
         scanned_bytes = num_documents * self.searched_share * self.embedding_dimension * 4
-        return self.stage_overhead_s + scanned_bytes / num_stages / self.scan_bytes_per_s
+        return scanned_bytes / self.scan_bytes_per_s

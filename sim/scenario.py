@@ -7,11 +7,18 @@ from math import isfinite
 from hardware_models.schema import Cluster, Gpu, Node
 from sim.engine import Engine
 from sim.faults import Fault, check_faults
+from sim.knowledge import Knowledge
 from sim.metrics import Slo
 from sim.policies.batching.base import Batching
 from sim.policies.batching.continuous import Continuous
+from sim.policies.cache_eviction.base import CacheEviction
+from sim.policies.cache_eviction.lru import Lru
 from sim.policies.instance_plan.base import InstancePlan
 from sim.policies.instance_plan.colocated import Colocated
+from sim.policies.request_order.base import RequestOrder
+from sim.policies.request_order.fcfs import Fcfs
+from sim.policies.retrieval_overlap.base import RetrievalOverlap
+from sim.policies.retrieval_overlap.none import NoOverlap
 from sim.policies.routing.base import Routing
 from sim.policies.routing.round_robin import RoundRobin
 from sim.workload.base import Workload
@@ -75,6 +82,12 @@ class Policies:
     """Which instances form groups."""
     routing: Routing = field(default_factory=RoundRobin)
     """Which replica serves a request; there is nothing to decide with one."""
+    cache_eviction: CacheEviction = field(default_factory=Lru)
+    """Which document leaves a tier of the knowledge cache first."""
+    request_order: RequestOrder = field(default_factory=Fcfs)
+    """Which waiting request with retrieved documents is offered a seat first."""
+    retrieval_overlap: RetrievalOverlap = field(default_factory=NoOverlap)
+    """Whether a prompt is prefilled before its documents are certain."""
 
 
 @dataclass(kw_only=True)
@@ -91,6 +104,8 @@ class Scenario:
     """What is asked of it."""
     policy: Policies = field(default_factory=Policies)
     """How it decides."""
+    knowledge: Knowledge = field(default_factory=Knowledge)
+    """How documents are searched and kept, where the workload retrieves some."""
     node: Node | None = None
     """The machine; exactly one of `node`, `gpu` and `cluster`."""
     gpu: Gpu | None = None

@@ -57,10 +57,14 @@ class Tiers(NamedTuple):
 class Search(NamedTuple):
     """How long searches take, and how many run at once."""
 
-    stage_s: float
+    scan_s: float
+    """Of all vectors that a search compares."""
+    stage_overhead_s: float
     cores: int
-    num_stages: int
-    """Of a search, at most."""
+
+    def stage_s(self, num_stages: int) -> float:
+        """Seconds of each stage of a search of so many."""
+        return self.stage_overhead_s + self.scan_s / num_stages
 
 
 class StageLog(NamedTuple):
@@ -107,13 +111,13 @@ class KnowledgeCache:
     """Stands between the searches and the replica: its inlet, and its copier."""
 
     def __init__(
-        self, rules: Rules, tiers: Tiers, search: Search, prefixes: KnowledgePrefixes | None,
-        *, replays: bool = False,
+        self, rules: Rules, tiers: Tiers, prefixes: KnowledgePrefixes | None, *,
+        replays: bool = False,
     ) -> None:  # fmt: skip
         self.recorder = KnowledgeRecorder()
         self.news: deque[Found] = deque()
         self._prefixes, self._tiers, self._replays = prefixes, tiers, replays
-        self._generations = Generations(rules.retrieval_overlap, tiers.documents, search.num_stages)
+        self._generations = Generations(rules.retrieval_overlap, tiers.documents)
         self._order = QueueOrder(rules.request_order)
 
     def take(self, replica: Replica) -> None:
@@ -179,7 +183,7 @@ class Searches:
 
     def run(self, questions: Iterator[Question]) -> Generator[Event, Any, None]:
         """Let questions arrive and be searched."""
-        environment, stage_s = self._replica.environment, self._search.stage_s
+        environment = self._replica.environment
         free_s = [0.0] * self._search.cores
         heapify(free_s)
         for question in questions:
@@ -187,6 +191,7 @@ class Searches:
             if arrival_s > environment.now:
                 yield environment.arrival(arrival_s)
             begin_s = end_s = max(arrival_s, free_s[0])
+            stage_s = self._search.stage_s(len(question.stages))
             for stage in range(len(question.stages)):
                 end_s += stage_s
                 if question.matters(stage):
@@ -241,7 +246,7 @@ def simulate_knowledge(  # noqa: PLR0913, PLR0917  what a knowledge cache is mad
     """
     environment = ExactEnvironment()
     prefixes = tree_of(rules, tiers, limits.block_size)
-    cache = KnowledgeCache(rules, tiers, search, prefixes, replays=log is not None)
+    cache = KnowledgeCache(rules, tiers, prefixes, replays=log is not None)
     replica = Replica(
         environment, rules.batching, limits, pace,
         one_by_one=one_by_one, inlet=cache, prefixes=prefixes, copier=cache,

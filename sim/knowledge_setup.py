@@ -1,0 +1,143 @@
+"""What a knowledge cache settles before a run: tiers and search. Refuses what cannot run."""
+
+from collections.abc import Callable
+
+from sim.generations import MAX_STAGES, prompt_tokens, questions
+from sim.models.work import IterationShape
+from sim.node_choice import node_of
+from sim.policies.estimate import PrefillProfile
+from sim.policies.instance_plan.base import phases
+from sim.processes.knowledge_cache import Rules, Search, Tiers, simulate_knowledge
+from sim.processes.pace import Costed
+from sim.scenario import Scenario
+from sim.setup import Setup
+from sim.trace import Trace
+from sim.workload.knowledge import KnowledgeWorkload, check_retrieved
+
+
+def retrieves(scenario: Scenario) -> bool:
+    """Whether the requests of a scenario have documents retrieved for them."""
+    return isinstance(scenario.workload, KnowledgeWorkload)
+
+
+def knowledge_workload(scenario: Scenario) -> KnowledgeWorkload:
+    """The workload of a scenario that retrieves."""
+    assert isinstance(scenario.workload, KnowledgeWorkload)
+    return scenario.workload
+
+
+def rules_of(scenario: Scenario) -> Rules:
+    """The decisions of its knowledge cache."""
+    policy = scenario.policy
+    return Rules(
+        policy.batching, policy.cache_eviction, policy.request_order, policy.retrieval_overlap
+    )
+
+
+def tiers_of(scenario: Scenario, setup: Setup, seed: int) -> Tiers:
+    """Sizes and costs of the tiers of a scenario."""
+    knowledge, limits = scenario.knowledge, setup.limits
+    block_bytes = limits.block_size * setup.kv_bytes_per_token
+    return Tiers(
+        documents=knowledge_workload(scenario).documents(seed),
+        host_blocks=knowledge.host_bytes // block_bytes,
+        prefill_s=estimator_of(setup).seconds,
+        copy_s=_copy_s(scenario, block_bytes),
+        reuse=knowledge.reuse,
+        replicate_from=knowledge.replicate_from,
+    )
+
+
+def search_of(scenario: Scenario, num_documents: int) -> Search:
+    """How long the searches of a scenario take."""
+    knowledge = scenario.knowledge
+    return Search(
+        knowledge.scan_s(num_documents), knowledge.stage_overhead_s, knowledge.search_cores
+    )
+
+
+def estimator_of(setup: Setup) -> PrefillProfile:
+    """What policies know of prefills: the cost on a grid, as an engine would profile itself."""
+
+    def prefill_s(cached_tokens: int, new_tokens: int) -> float:
+        return setup.cost.iteration_s(IterationShape.of([(new_tokens, cached_tokens)], [], 1))
+
+    return PrefillProfile.measured(prefill_s, setup.max_model_tokens)
+
+
+def simulate_knowledge_seed(scenario: Scenario, setup: Setup, seed: int) -> Trace:
+    """The trace of one run of a scenario that retrieves."""
+    tiers = tiers_of(scenario, setup, seed)
+    return simulate_knowledge(
+        questions(knowledge_workload(scenario), seed, setup.max_model_tokens),
+        rules_of(scenario), setup.limits, Costed(setup.cost), tiers,
+        search_of(scenario, len(tiers.documents)),
+    )  # fmt: skip
+
+
+def check_knowledge(scenario: Scenario, setup: Setup, seed: int) -> None:
+    """Refuse what a knowledge cache cannot do, and requests that do not fit at some stage.
+
+    Raises:
+        ValueError: what is wrong, with the value, the rule and the way out.
+    """
+    _check_deployment(scenario, setup)
+    workload = knowledge_workload(scenario)
+    documents, start = workload.documents(seed), 0
+    for columns in workload.columns(seed):
+        check_retrieved(columns, documents, start)
+        start += len(columns)
+    most = min(setup.max_model_tokens, setup.limits.num_blocks * setup.limits.block_size)
+    for one in questions(workload, seed, setup.max_model_tokens):
+        request = one.request
+        if len(one.stages) > MAX_STAGES:
+            raise ValueError(
+                f"request {request.request_id} is searched in {len(one.stages)} stages and "
+                f"{MAX_STAGES} are the most; take fewer"
+            )
+        for found in set(one.stages[:-1]):
+            need = prompt_tokens(one, found, documents.tokens) + request.output_tokens
+            if need > most:
+                raise ValueError(
+                    f"request {request.request_id} with documents {list(found)}, which a stage of "
+                    f"its search finds, needs {need} tokens and at most {most} fit; shorten "
+                    "documents (workload.max_document_tokens), or take policy/retrieval_overlap="
+                    "none with shorter ones"
+                )
+
+
+def _check_deployment(scenario: Scenario, setup: Setup) -> None:
+    """Refuse what a knowledge cache is not combined with.
+
+    Raises:
+        ValueError: names it, and what to take.
+    """
+    apart = bool(phases(scenario.policy.instance_plan, scenario.num_replicas)[1])
+    refused = {
+        "num_replicas": (scenario.num_replicas > 1 or apart, "num_replicas=1"),
+        "pp_size": (setup.lanes > 1, "engine.batches_in_flight=1"),
+        "faults": (bool(scenario.faults), "faults=[]"),
+        "engine.schedules_ahead": (scenario.engine.schedules_ahead, "engine=diptych"),
+        "engine.prefix_caching": (scenario.engine.prefix_caching, "engine.prefix_caching=false"),
+    }
+    for name, (holds, instead) in refused.items():
+        if holds:
+            raise ValueError(
+                f"workload {type(scenario.workload).__name__} retrieves documents, and a replica "
+                f"with a knowledge cache is not combined with this {name}; take {instead}"
+            )
+
+
+def _copy_s(scenario: Scenario, block_bytes: int) -> Callable[[int], float]:
+    """Seconds to copy blocks between host and GPUs: each rank its share, over its own link."""
+    link = node_of(scenario).host_link
+    if link is None:
+        if scenario.knowledge.reuse and scenario.knowledge.host_bytes:
+            raise ValueError(
+                "knowledge.host_bytes keeps KV in host memory, and the machine has no host_link; "
+                "name a node with one, or take knowledge.host_bytes=0"
+            )
+        return lambda blocks: 0.0
+    share_bytes = block_bytes / (scenario.tp_size * scenario.pp_size)
+    latency_s, bandwidth = link.latency_s, link.bandwidth_bytes_per_s
+    return lambda blocks: latency_s + blocks * share_bytes / bandwidth
