@@ -43,16 +43,21 @@ def check_prefill(prefill: tuple[tuple[int, int], ...], seated: Mapping[int, Seq
             )
 
 
+def blocks_needed(chunks: list[Chunk], cache: PagedKVCache) -> int:
+    """Blocks that the tokens of chunks take beside those that their requests have."""
+    return sum(
+        [cache.blocks_needed(chunk.request_id, chunk.start + len(chunk.token_ids))
+         for chunk in chunks]
+    )  # fmt: skip
+
+
 def check_room(
     batch: Batch, chunks: list[Chunk], num_seated: int, cache: PagedKVCache, limits: ReplicaLimits
 ) -> None:
     """Refuse a batch that computes nothing, or takes more seats or blocks than there are."""
     if not chunks:
         raise ValueError("it moves requests but computes nothing")
-    needed = sum(
-        [cache.blocks_needed(chunk.request_id, chunk.start + len(chunk.token_ids))
-         for chunk in chunks]
-    )  # fmt: skip
+    needed = blocks_needed(chunks, cache)
     # Few steps need a block, so the pool is rarely counted.
     short_of_blocks = needed > 0 and needed > cache.free_blocks
     if batch == DECODE and short_of_blocks:

@@ -12,13 +12,19 @@ from typing import NamedTuple
 import torch
 
 from backends.arrivals import Arrivals, Feed
-from backends.batch_checks import check_prefill, check_room, require_running, waiting_view
+from backends.batch_checks import (
+    blocks_needed,
+    check_prefill,
+    check_room,
+    require_running,
+    waiting_view,
+)
 from backends.exchange import Exchange
 from backends.executor import Executor
 from backends.forward_batch import Chunk
 from backends.kv_cache import PagedKVCache
 from backends.observed import ObservedView, Sequence
-from backends.prefix_cache import block_hashes, own_hashes
+from backends.prompt_store import HashedPrompts, PromptStore
 from backends.sampling import Sampler
 from sim.engine import ReplicaLimits
 from sim.models.work import IterationShape
@@ -61,6 +67,7 @@ class Replica:
         stop_token: int | None = None,
         number: int = 0,
         exchange: Exchange | None = None,
+        store: PromptStore | None = None,
     ) -> None:
         """Put an engine together.
 
@@ -74,6 +81,8 @@ class Replica:
             stop_token: ends an answer before its forced length; None forces the length.
             number: of the replica, among several.
             exchange: hands requests over to other instances, or takes them; None: there are none.
+            store: keeps KV of prompts for later requests; None: by the hashes of blocks, where
+                `limits` say so.
         """
         self.model = model
         self.cache = cache
@@ -88,6 +97,9 @@ class Replica:
         """Token ids of every finished answer."""
         self._memory = batching.init()
         self._exchange = exchange
+        if store is None and limits.prefix_caching:
+            store = HashedPrompts(cache)
+        self._store = store
         self._resumed: dict[int, list[int]] = {}
         self._known: dict[int, Sequence] = {}
         self._seated: dict[int, Sequence] = {}
@@ -136,11 +148,24 @@ class Replica:
         """Queue a request that has arrived."""
         self.recorder.arrived(request)
         sequence = Sequence(request, list(self.prompts(request)))
-        if self.limits.prefix_caching:
-            sequence.hashes = block_hashes(sequence.tokens, self.limits.block_size)
+        if self._store is not None:
+            self._store.submitted(sequence)
         sequence.tokens += self._resumed.pop(request.request_id, ())
         self._known[request.request_id] = sequence
         self.waiting.append(request.view(sequence.generated))
+
+    def cancel(self, request_id: int, now_s: float) -> None:
+        """Let a request go at a boundary; nothing happens to one that has its last token."""
+        sequence = self._known.pop(request_id, None)
+        if sequence is None:
+            return
+        if self._seated.pop(request_id, None) is not None:
+            self._end_stay(sequence, State.cancelled, now_s)
+        else:
+            self.waiting.remove(waiting_view(request_id, self.waiting))
+            self.recorder.event(request_id, now_s, State.cancelled)
+        if self._store is not None:
+            self._store.forget(sequence)
 
     def resume(self, request_id: int, tokens: list[int]) -> None:
         """Let a request that is to come go on after tokens that a replica that died handed out."""
@@ -152,6 +177,11 @@ class Replica:
             request_id: sequence.tokens[sequence.request.prompt_tokens :]
             for request_id, sequence in self._seated.items()
         }
+
+    @property
+    def num_pending(self) -> int:
+        """Requests whose prefill is not complete."""
+        return len(self.waiting) + sum(one.prefill_left > 0 for one in self._seated.values())
 
     @property
     def num_running(self) -> int:
@@ -200,7 +230,7 @@ class Replica:
             return None
         try:
             self._seat(batch, now_s)
-            chunks, shape = self._chunks(batch)
+            chunks, shape = self._chunks(batch, now_s)
         except ValueError as error:
             raise ValueError(self._complaint(now_s, f"{batch}: {error}")) from error
         self._log(now_s, before, shape, batch)
@@ -234,16 +264,9 @@ class Replica:
 
     def cached_prefix(self, request: RequestView) -> CachedPrefix:
         """What of a waiting request's prompt is cached."""
-        blocks = self._cached_blocks(self._known[request.request_id])
-        if not blocks:
+        if self._store is None:
             return NOTHING_CACHED
-        free = int((self.cache.holders[blocks] == 0).sum())
-        return CachedPrefix(len(blocks) * self.limits.block_size, free)
-
-    def _cached_blocks(self, sequence: Sequence) -> list[int]:
-        """The longest cached prefix of a request; one token at least is left to compute."""
-        most = (len(sequence.tokens) - 1) // self.limits.block_size
-        return self.cache.prefixes.find(sequence.hashes[:most])
+        return self._store.cached(self._known[request.request_id])
 
     def _seat(self, batch: Batch, now_s: float) -> None:
         """Pre-empt, then admit."""
@@ -255,16 +278,13 @@ class Replica:
         for request_id in batch.admit:
             self.waiting.remove(waiting_view(request_id, self.waiting))
             sequence = self._known[request_id]
-            blocks = self._cached_blocks(sequence)
-            reused = len(blocks) * self.limits.block_size
-            if blocks:
-                self.cache.hold(request_id, blocks)
+            reused = 0 if self._store is None else self._store.hold(sequence)
             self.recorder.reused(request_id, reused)
             sequence.begin_stay(reused)
             self._seated[request_id] = sequence
             self.recorder.event(request_id, now_s, State.admitted)
 
-    def _chunks(self, batch: Batch) -> tuple[list[Chunk], IterationShape]:
+    def _chunks(self, batch: Batch, now_s: float) -> tuple[list[Chunk], IterationShape]:
         """The tokens to compute, with room made for their KV; decodes first."""
         chunks: list[Chunk] = []
         if batch.decode:
@@ -281,7 +301,11 @@ class Replica:
             ids = sequence.tokens[start : start + count]
             chunks.append(Chunk(request_id, ids, start, count == sequence.prefill_left))
             prefills.append((count, start))
+        if self._store is not None:
+            self._store.load()
         check_room(batch, chunks, len(self._seated), self.cache, self.limits)
+        if self._store is not None:
+            self._store.make_room(blocks_needed(chunks, self.cache), now_s)
         for chunk in chunks:
             self.cache.allocate(chunk.request_id, chunk.start + len(chunk.token_ids))
         sampled = sum(chunk.sample for chunk in chunks)
@@ -300,8 +324,8 @@ class Replica:
             sequence = self._seated[chunk.request_id]
             decoded = not sequence.prefill_left
             sequence.computed += len(chunk.token_ids)
-            if self.limits.prefix_caching and not decoded:
-                self.cache.store(chunk.request_id, sequence.hashes, sequence.computed)
+            if self._store is not None and not decoded:
+                self._store.store(sequence)
             if not chunk.sample:
                 continue
             token = next(following)
@@ -337,26 +361,20 @@ class Replica:
         sequence = self._seated.pop(request_id)
         del self._known[request_id]
         self._end_stay(sequence, State.finished, end_s)
+        if self._store is not None:
+            self._store.forget(sequence)
         self.answers[request_id] = sequence.tokens[sequence.request.prompt_tokens :]
         self.recorder.answered(request_id, sequence.generated)
 
     def _end_stay(self, sequence: Sequence, state: State, now_s: float) -> None:
         request_id = sequence.request.request_id
+        if self._store is not None:
+            self._store.leave(sequence)
         if sequence.computed:
-            self._store_answer(sequence)
             self.cache.free(request_id)
         if sequence.first_iteration >= 0:
             self.recorder.run(request_id, sequence.first_iteration, sequence.decodes)
         self.recorder.event(request_id, now_s, state)
-
-    def _store_answer(self, sequence: Sequence) -> None:
-        """Cache the blocks that the answer so far has filled, for the request to find again."""
-        if not self.limits.prefix_caching:
-            return
-        request_id, whole = sequence.request.request_id, len(sequence.hashes)
-        full = sequence.computed // self.limits.block_size
-        sequence.hashes = [*sequence.hashes, *own_hashes(request_id, whole, full)]
-        self.cache.store(request_id, sequence.hashes, sequence.computed)
 
     def _log(
         self, now_s: float, before: tuple[int, int, int, int], shape: IterationShape, batch: Batch

@@ -23,6 +23,8 @@ class Question(NamedTuple):
     """With the prompt that it has in the end."""
     stages: tuple[tuple[int, ...], ...]
     """Documents by rank after each stage of the search; the last ones are the answer."""
+    own_tokens: int
+    """Of its prompt, those that are of no document."""
 
     @property
     def last_stage(self) -> int:
@@ -43,7 +45,7 @@ def questions(workload: KnowledgeWorkload, seed: int, max_model_tokens: int) -> 
         seed: the scenario's seed.
         max_model_tokens: context of the model, prompt and answer together.
     """
-    number = 0
+    number, tokens = 0, workload.documents(seed).tokens.tolist()
     for columns in workload.columns(seed):
         assert columns.retrieved is not None, "a knowledge workload retrieves"
         rows = zip(
@@ -54,7 +56,8 @@ def questions(workload: KnowledgeWorkload, seed: int, max_model_tokens: int) -> 
             most = max_model_tokens - prompt
             if workload.max_output_tokens is not None:
                 most = min(most, workload.max_output_tokens)
-            yield Question(Request(number, arrival_s, prompt, output, most), stages)
+            own = prompt - sum([tokens[one] for one in stages[-1]])
+            yield Question(Request(number, arrival_s, prompt, output, most), stages, own)
             number += 1
 
 
@@ -85,11 +88,7 @@ def prompt_tokens(
     question: Question, documents: tuple[int, ...], document_tokens: NDArray[np.int64]
 ) -> int:
     """Length of the prompt of a question behind these documents, which may not be its last."""
-    prompt, final = question.request.prompt_tokens, question.stages[-1]
-    if documents == final:
-        return prompt
-    added = sum([int(document_tokens[one]) for one in documents])
-    return prompt + added - sum([int(document_tokens[one]) for one in final])
+    return question.own_tokens + sum([int(document_tokens[one]) for one in documents])
 
 
 class Generations:

@@ -16,6 +16,11 @@ class QueueOrder:
         self._memory = rule.init()
         self._waited: set[int] = set()
 
+    @property
+    def sorts(self) -> bool:
+        """Whether the queue may be in another order than requests came."""
+        return type(self._rule) is not Fcfs
+
     def arrange(self, view: ReplicaView, gone: set[int]) -> deque[RequestView] | None:
         """The queue for the coming decision; None: as it is.
 
@@ -23,7 +28,7 @@ class QueueOrder:
             view: the replica now.
             gone: requests that left the queue since the last call and were not admitted.
         """
-        if type(self._rule) is Fcfs:
+        if not self.sorts:
             return None
         ids = {request.request_id for request in view.waiting}
         admitted = sorted(self._waited - ids - gone)
