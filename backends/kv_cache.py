@@ -62,6 +62,8 @@ class PagedKVCache:
         """Told of each request that gives its blocks back."""
         self.written_tokens = self.read_tokens = self.freed_tokens = 0
         self.prefixes = PrefixIndex()
+        self.keeps_order = True
+        """Whether blocks without a holder are given up in the order of `prefixes`."""
         self._tables: dict[int, list[int]] = {}
         self._stored: dict[int, int] = {}
         """Leading blocks of a request that are cached."""
@@ -167,6 +169,64 @@ class PagedKVCache:
                 self.owner[table[at]] = CACHED
         self._stored[request_id] = max(first, full)
 
+    def take_cached(self, count: int) -> list[int]:
+        """Empty blocks for a cached prefix that is copied into them; nobody holds them yet.
+
+        Raises:
+            ValueError: fewer blocks are empty.
+        """
+        free = (self.owner == FREE).nonzero()[:count, 0]
+        if len(free) < count:
+            raise ValueError(f"{count} blocks are to be loaded and {len(free)} are empty")
+        self.owner[free] = CACHED
+        self.written[free] = True
+        return free.tolist()
+
+    def empty_cached(self, blocks: list[int]) -> None:
+        """A cached prefix leaves these blocks.
+
+        Raises:
+            ValueError: a request holds one of them.
+        """
+        held = [block for block in blocks if self.holders[block]]
+        if held:
+            raise ValueError(f"blocks {held} are held by requests and were to be given up")
+        self._empty(blocks)
+
+    def count_holder(self, blocks: list[int]) -> None:
+        """One request more holds these cached blocks."""
+        self.holders[blocks] += 1
+
+    def begin_table(self, request_id: int, blocks: list[int]) -> None:
+        """Begin a request with blocks whose holders count it already."""
+        if blocks:
+            self._tables[request_id] = blocks
+
+    def keep_in_table(
+        self, request_id: int, first: int, count: int, known: list[int] | None
+    ) -> list[int]:
+        """Turn blocks of a request into a cached prefix, or take the known one in their place.
+
+        Args:
+            request_id: who holds them.
+            first: of its blocks.
+            count: how many.
+            known: blocks that hold the same tokens; its own copy is given up.
+
+        Returns:
+            The blocks that are cached.
+        """
+        table = self._table(request_id)
+        own = table[first : first + count]
+        if known is None:
+            self.owner[own] = CACHED
+            return own
+        self.count_holder(known)
+        table[first : first + count] = known
+        self.holders[own] -= 1
+        self._empty(own)
+        return known
+
     def flush(self) -> None:
         """Give up every cached block that nobody holds."""
         while (block := self.prefixes.evict()) is not None:
@@ -189,7 +249,7 @@ class PagedKVCache:
         cached = (self.owner[table] == CACHED).tolist()
         self.holders[table] -= 1
         for block, is_cached in zip(reversed(table), reversed(cached), strict=True):
-            if is_cached and not self.holders[block]:
+            if is_cached and self.keeps_order and not self.holders[block]:
                 self.prefixes.released(block)
         self._empty([block for block, kept in zip(table, cached, strict=True) if not kept])
 

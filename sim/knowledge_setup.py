@@ -3,11 +3,12 @@
 from collections.abc import Callable
 
 from sim.generations import MAX_STAGES, prompt_tokens, questions
+from sim.knowledge_rules import Rules, Tiers
 from sim.models.work import IterationShape
 from sim.node_choice import node_of
 from sim.policies.estimate import PrefillProfile
 from sim.policies.instance_plan.base import phases
-from sim.processes.knowledge_cache import Rules, Search, Tiers, simulate_knowledge
+from sim.processes.knowledge_cache import Search, simulate_knowledge
 from sim.processes.pace import Costed
 from sim.scenario import Scenario
 from sim.setup import Setup

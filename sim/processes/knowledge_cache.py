@@ -6,7 +6,7 @@ copies between host and GPU that it needs; nothing is computed meanwhile.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from heapq import heapify, heapreplace
 from typing import Any, NamedTuple
@@ -16,42 +16,13 @@ from simpy.events import Event
 from sim.engine import ReplicaLimits
 from sim.generations import NONE, Generations, Question
 from sim.knowledge_recorder import KnowledgeRecorder
-from sim.policies.batching.base import Batching
-from sim.policies.cache_eviction.base import BoundEviction, CacheEviction
-from sim.policies.request_order.base import RequestOrder
-from sim.policies.retrieval_overlap.base import RetrievalOverlap
+from sim.knowledge_rules import Rules, Tiers, copied_blocks, tree_of
 from sim.processes.exact_time import ExactEnvironment
 from sim.processes.pace import Pace
 from sim.processes.replica import Replica
 from sim.queue_order import QueueOrder
 from sim.state.knowledge_prefixes import KnowledgePrefixes
-from sim.state.knowledge_tree import KnowledgeTree, Move, MoveKind
 from sim.trace import Trace
-from sim.workload.knowledge import Documents
-
-TO_HOST = (MoveKind.swap_out, MoveKind.replicate)
-
-
-class Rules(NamedTuple):
-    """Every decision of a knowledge cache."""
-
-    batching: Batching
-    cache_eviction: CacheEviction
-    request_order: RequestOrder
-    retrieval_overlap: RetrievalOverlap
-
-
-class Tiers(NamedTuple):
-    """Where KV of documents is kept, and what it costs to compute and to move."""
-
-    documents: Documents
-    host_blocks: int
-    prefill_s: Callable[[int, int], float]
-    """What the eviction rule knows of a prefill's seconds, by (cached, new) tokens."""
-    copy_s: Callable[[int], float]
-    """Seconds to copy so many blocks one way."""
-    reuse: bool = True
-    replicate_from: int | None = None
 
 
 class Search(NamedTuple):
@@ -92,19 +63,6 @@ class Found(NamedTuple):
     begin_s: float
     end_s: float
     """Of the search up to this stage."""
-
-
-def tree_of(rules: Rules, tiers: Tiers, block_size: int) -> KnowledgePrefixes | None:
-    """An empty knowledge tree for one replica, on either panel; None where nothing is reused."""
-    if not tiers.reuse:
-        return None
-    tree = KnowledgeTree(
-        BoundEviction(rules.cache_eviction), tiers.host_blocks, tiers.replicate_from
-    )
-    documents = tiers.documents
-    return KnowledgePrefixes(
-        tree, block_size, documents.tokens.tolist(), documents.system_tokens, tiers.prefill_s
-    )
 
 
 class KnowledgeCache:
@@ -162,17 +120,6 @@ class KnowledgeCache:
         if self._replays or not moves:
             return 0.0
         return sum([self._tiers.copy_s(blocks) for blocks in copied_blocks(moves) if blocks])
-
-
-def copied_blocks(moves: Iterable[Move]) -> tuple[int, int]:
-    """Blocks that are copied to the host, and from it."""
-    out = back = 0
-    for move in moves:
-        if move.kind in TO_HOST:
-            out += move.blocks
-        elif move.kind is MoveKind.load:
-            back += move.blocks
-    return out, back
 
 
 class Searches:

@@ -1,0 +1,239 @@
+"""A knowledge cache for real: documents searched in stages while others are prefilled.
+
+The twin of `sim/processes/knowledge_cache.py`. Searches run in threads of their own; what their
+stages find is taken in at the boundaries of the engine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from backends.corruption import Corruption
+from backends.executor import Executor
+from backends.knowledge_store import HostArena, KnowledgeStore
+from backends.replica import Replica
+from backends.sampling import Sampler
+from backends.serving import warm_up, without_collections
+from sim.engine import ReplicaLimits
+from sim.generations import NONE, Generations, Question
+from sim.knowledge_recorder import KnowledgeRecorder
+from sim.knowledge_rules import Rules, Tiers, tree_of
+from sim.queue_order import QueueOrder
+from sim.requests import Request
+from sim.trace import Trace
+
+
+class Found(Protocol):
+    """What a stage of a real search found."""
+
+    @property
+    def request_id(self) -> int: ...  # noqa: D102
+    @property
+    def stage(self) -> int: ...  # noqa: D102
+    @property
+    def documents(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def begin_s(self) -> float:
+        """When the search of this request began."""
+        ...
+
+    @property
+    def instant_s(self) -> float:
+        """When the stage ended."""
+        ...
+
+
+class Searcher(Protocol):
+    """Searches in the background, at the arrival of each request."""
+
+    def start(self, start: float) -> None:
+        """Begin; t = 0 is when the clock reads `start`."""
+        ...
+
+    def due(self) -> Sequence[Found]:
+        """What has been found and was not handed out, in order."""
+        ...
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until something is found; False when nothing more will be."""
+        ...
+
+    def close(self) -> None:
+        """End its threads."""
+        ...
+
+
+class Texts(NamedTuple):
+    """Token ids of all that prompts are made of."""
+
+    documents: Sequence[Sequence[int]]
+    questions: Sequence[Sequence[int]]
+    """By request."""
+    system: Sequence[int] = ()
+
+    def prompt(self, request_id: int, documents: tuple[int, ...]) -> list[int]:
+        """System prompt, documents by rank, question."""
+        behind = [token for one in documents for token in self.documents[one]]
+        return [*self.system, *behind, *self.questions[request_id]]
+
+
+class Answered(NamedTuple):
+    """What a real run gives back; bytes as its own tensors counted them."""
+
+    trace: Trace
+    answers: dict[int, list[int]]
+    """Token ids of every answer, by request."""
+    found: dict[int, list[tuple[int, ...]]]
+    """Documents after each stage, by request."""
+    kv_bytes_written: int
+    kv_bytes_read: int
+    bytes_swapped_out: int
+    bytes_loaded: int
+
+
+class KnowledgeFeed:
+    """Turns what searches find into generations, at the boundaries of a replica."""
+
+    def __init__(
+        self, searcher: Searcher, rules: Rules, tiers: Tiers, questions: Mapping[int, Question],
+        recorder: KnowledgeRecorder,
+    ) -> None:  # fmt: skip
+        self.documents_of: dict[int, tuple[int, ...]] = {}
+        """By generation."""
+        self.question_of: dict[int, int] = {}
+        """The request that a generation is of."""
+        self.found: dict[int, list[tuple[int, ...]]] = {one: [] for one in questions}
+        self.replica: Replica | None = None
+        self._searcher, self._questions = searcher, questions
+        self._generations = Generations(rules.retrieval_overlap, tiers.documents)
+        self._order, self._recorder = QueueOrder(rules.request_order), recorder
+
+    def due(self, start: float) -> tuple[float, Sequence[Request]]:
+        """Take in what was found, and submit what it leads to; the replica gets nothing else."""
+        replica = self.replica
+        assert replica is not None
+        found = self._searcher.due()
+        now_s = time.perf_counter() - start
+        gone: set[int] = set()
+        for one in found:
+            question = self._seen(one)
+            if question.matters(one.stage):
+                self._decide(replica, question, one, now_s, gone)
+        if self._order.sorts:
+            queue = self._order.arrange(replica.observe(), gone)
+            if queue is not None:
+                replica.waiting = queue
+        return now_s, ()
+
+    def wait(self, start: float) -> bool:
+        """Wait for the next stage to end; False when all searches are over."""
+        del start
+        return self._searcher.wait()
+
+    def answered(self, request_id: int, finish_s: float) -> None:
+        """Nobody waits for it to ask again."""
+
+    def _seen(self, one: Found) -> Question:
+        """The question with what its search has found so far."""
+        found = self.found[one.request_id]
+        found.append(one.documents)
+        question = self._questions[one.request_id]
+        unknown = len(question.stages) - len(found)
+        return question._replace(stages=(*found, *[()] * unknown))
+
+    def _decide(
+        self, replica: Replica, question: Question, one: Found, now_s: float, gone: set[int]
+    ) -> None:
+        pool_size = replica.num_pending
+        stopped, started = self._generations.staged(question, one.stage, pool_size)
+        if stopped != NONE:
+            gone.add(stopped)
+            replica.cancel(stopped, now_s)
+        number = NONE
+        if started is not None:
+            number = started.request.request_id
+            self.documents_of[number] = started.documents
+            self.question_of[number] = one.request_id
+            replica.submit(started.request)
+        self._recorder.stage(one.request_id, one.stage, now_s, pool_size, stopped, number)
+        if one.stage == question.last_stage:
+            answer = self._generations.answers(question)
+            self._recorder.search(
+                one.request_id, answer, question.request.arrival_s, one.begin_s, one.instant_s
+            )  # fmt: skip
+
+
+def serve_knowledge(  # noqa: PLR0913, PLR0917  what a knowledge cache is made of
+    model: Executor,
+    questions: Sequence[Question],
+    searcher: Searcher,
+    texts: Texts,
+    rules: Rules,
+    limits: ReplicaLimits,
+    tiers: Tiers,
+    *,
+    sampler: Sampler | None = None,
+    corruption: Corruption | None = None,
+) -> Answered:
+    """Warm up, then search and answer all questions; t = 0 is after the warm-up.
+
+    Args:
+        model: what to run.
+        questions: in order of arrival; of their stages only the number counts.
+        searcher: searches them at their arrival.
+        texts: token ids of documents and questions.
+        rules: every decision.
+        limits: of the engine.
+        tiers: where KV of documents is kept.
+        sampler: None is greedy.
+        corruption: a fault to put into the KV cache.
+
+    Raises:
+        ValueError: a policy overbooks, or leaves requests unserved.
+    """
+    warm_up(model, limits)
+    cache = model.new_cache(limits.num_blocks, limits.block_size)
+    cache.corrupt = corruption
+    recorder = KnowledgeRecorder()
+    by_id = {one.request.request_id: one for one in questions}
+    feed = KnowledgeFeed(searcher, rules, tiers, by_id, recorder)
+    prefixes = tree_of(rules, tiers, limits.block_size)
+    store = host = None
+    if prefixes is not None:
+        host = HostArena(cache, tiers.host_blocks)
+        host.corrupt = corruption
+        store = KnowledgeStore(cache, prefixes, host, feed.documents_of.__getitem__, recorder)
+
+    def prompt(request: Request) -> list[int]:
+        generation = request.request_id
+        return texts.prompt(feed.question_of[generation], feed.documents_of[generation])
+
+    feed.replica = replica = Replica(
+        model=model, cache=cache, batching=rules.batching, limits=limits, prompts=prompt,
+        sampler=sampler or Sampler(), store=store,
+    )  # fmt: skip
+    with without_collections():
+        start = time.perf_counter()
+        searcher.start(start)
+        try:
+            trace = replica.run(feed, start)
+        finally:
+            searcher.close()
+    if prefixes is not None:
+        end_s = time.perf_counter() - start
+        recorder.looked_up(prefixes.take_lookups(), end_s)
+        recorder.moved(prefixes.tree.take_moves(), end_s)
+    trace = recorder.into(trace)
+    final = zip(trace.searches["request"].tolist(), trace.searches["generation"].tolist(),
+                strict=True)  # fmt: skip
+    return Answered(
+        trace=trace,
+        answers={request: replica.answers[generation] for request, generation in final},
+        found=feed.found,
+        kv_bytes_written=cache.written_bytes,
+        kv_bytes_read=cache.read_bytes,
+        bytes_swapped_out=0 if host is None else host.bytes_out,
+        bytes_loaded=0 if host is None else host.bytes_back,
+    )
