@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sim.workload.trace_lines import broken, csv_rows, token_count
-from sim.workload.trace_replay import MAX_TICKS, TraceReplay, TraceRow
+from sim.workload.trace_lines import MAX_TICKS, broken, csv_rows, token_count
+from sim.workload.trace_replay import TraceReplay, TraceRow
 
 
 @dataclass(kw_only=True)

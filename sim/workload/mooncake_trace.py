@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import cast
 
 from sim.requests import HASH_BLOCK_TOKENS
-from sim.workload.trace_lines import broken, json_rows, token_count
-from sim.workload.trace_replay import MAX_TICKS, TraceReplay, TraceRow
+from sim.workload.trace_lines import broken, json_rows, json_time, token_count
+from sim.workload.trace_replay import TraceReplay, TraceRow
 
 
 @dataclass(kw_only=True)
@@ -28,18 +28,11 @@ class MooncakeTrace(TraceReplay):
             prompt_tokens = token_count(self.path, line, "prompt_tokens", fields[1])
             yield TraceRow(
                 line,
-                self._milliseconds(line, fields[0]),
+                json_time(self.path, line, "arrival", fields[0], "milliseconds"),
                 prompt_tokens,
                 token_count(self.path, line, "output_tokens", fields[2]),
                 self._hashes(line, fields[3], prompt_tokens),
             )
-
-    def _milliseconds(self, line: int, value: object) -> float:
-        time = cast(float, value)
-        if type(value) not in (int, float) or not abs(time) <= MAX_TICKS:
-            problem = f"arrival={value!r} must be a number of milliseconds up to {MAX_TICKS}"
-            raise broken(self.path, line, problem, "correct or remove the line")
-        return time
 
     def _hashes(self, line: int, value: object, prompt_tokens: int) -> tuple[int, ...]:
         ids = cast(list[int], value)

@@ -11,10 +11,20 @@ from typing import Any, BinaryIO, cast
 COLUMN_ALIASES: dict[str, tuple[str, ...]] = {
     "arrival": ("TIMESTAMP", "Timestamp", "timestamp"),
     "prompt_tokens": ("ContextTokens", "Request tokens", "input_length", "num_prefill_tokens"),
-    "output_tokens": ("GeneratedTokens", "Response tokens", "output_length", "num_decode_tokens"),
+    "output_tokens": (
+        "GeneratedTokens", "Response tokens", "output_length", "num_decode_tokens", "output_tokens",
+    ),
     "prefix_hashes": ("hash_ids",),
-}
-"""What published traces call our columns."""
+    "arrival_s": ("arrival_s",),
+    "question_tokens": ("question_tokens",),
+    "stages": ("stages",),
+    "document_tokens": ("document_tokens",),
+    "system_tokens": ("system_tokens",),
+}  # fmt: skip
+"""What published traces, and those that we write, call our columns."""
+
+MAX_TICKS = 10**15
+"""Times beyond it (30,000 years of milliseconds) are mistakes, and floats there lose digits."""
 
 MAX_TRACE_TOKENS = 2**31 - 1
 """A longer prompt or answer in a file is a mistake."""
@@ -87,19 +97,41 @@ def json_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[int, list[Any
         ValueError: a line is not a JSON object, or lacks a field.
     """
     for number, line in read_lines(path):
-        try:
-            record: Any = json.loads(line)
-        except ValueError as error:
-            problem = f"{line[-40:]!r} does not end a JSON object ({error})"
-            raise broken(path, number, problem, "complete or remove the line") from error
-        except RecursionError as error:
-            problem = f"{line[:40]!r} is nested too deeply and must be a flat JSON object"
-            raise broken(path, number, problem, "correct or remove the line") from error
-        if not isinstance(record, dict):
-            problem = f"{line[:40]!r} must be a JSON object"
-            raise broken(path, number, problem, "complete or remove the line")
-        found = cast(dict[str, Any], record)
-        yield number, [found[name] for name in _names_in(path, number, found, columns)]
+        yield number, json_fields(path, number, line, columns)
+
+
+def json_fields(path: str, number: int, line: str, columns: Sequence[str]) -> list[Any]:
+    """The asked fields of one line, by our names, in that order.
+
+    Raises:
+        ValueError: the line is not a JSON object, or lacks a field.
+    """
+    try:
+        record: Any = json.loads(line)
+    except ValueError as error:
+        problem = f"{line[-40:]!r} does not end a JSON object ({error})"
+        raise broken(path, number, problem, "complete or remove the line") from error
+    except RecursionError as error:
+        problem = f"{line[:40]!r} is nested too deeply and must be a flat JSON object"
+        raise broken(path, number, problem, "correct or remove the line") from error
+    if not isinstance(record, dict):
+        problem = f"{line[:40]!r} must be a JSON object"
+        raise broken(path, number, problem, "complete or remove the line")
+    found = cast(dict[str, Any], record)
+    return [found[name] for name in _names_in(path, number, found, columns)]
+
+
+def json_time(path: str, line: int, column: str, value: object, unit: str) -> float:
+    """A time of a JSON Lines file, as the number that it is there.
+
+    Raises:
+        ValueError: it is no number, or beyond `MAX_TICKS`.
+    """
+    time = cast(float, value)
+    if type(value) not in (int, float) or not abs(time) <= MAX_TICKS:
+        problem = f"{column}={value!r} must be a number of {unit} up to {MAX_TICKS}"
+        raise broken(path, line, problem, "correct or remove the line")
+    return time
 
 
 def token_count(path: str, line: int, column: str, value: object, least: int = 1) -> int:

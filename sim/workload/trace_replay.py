@@ -13,9 +13,6 @@ from sim.workload.base import CHUNK_ROWS, RequestColumns, Workload
 from sim.workload.checks import require_count, require_positive
 from sim.workload.trace_lines import broken
 
-MAX_TICKS = 10**15
-"""Times beyond it (30,000 years of milliseconds) are mistakes, and floats there lose digits."""
-
 
 class TraceRow(NamedTuple):
     """One line of a trace."""
@@ -28,6 +25,8 @@ class TraceRow(NamedTuple):
     prefix_hashes: tuple[int, ...] = ()
     failed: bool = False
     """The request got no answer: it is passed over and counted."""
+    retrieved: tuple[tuple[int, ...], ...] = ()
+    """Documents after each stage of its search, where the trace has them."""
 
 
 @dataclass(kw_only=True)
@@ -72,6 +71,7 @@ class TraceReplay(Workload, ABC):
             if first is None and served:
                 first = served[0].ticks
             hashes = [row.prefix_hashes for row in served]
+            retrieved = [row.retrieved for row in served]
             # Ticks are subtracted before they become floats: nothing is lost to rounding.
             since = [(row.ticks - (first or 0)) / self.ticks_per_s for row in served]
             yield RequestColumns(
@@ -80,6 +80,7 @@ class TraceReplay(Workload, ABC):
                 _cut([row.output_tokens for row in served], self.max_output_tokens),
                 hashes if any(hashes) else None,
                 num_skipped=len(chunk) - len(served),
+                retrieved=retrieved if any(retrieved) else None,
             )
         if first is None:
             raise broken(self.path, 1, "no request follows and one must", "fetch the file again")
