@@ -46,7 +46,7 @@ class HostArena:
     def keep(self, blocks: list[int]) -> list[int]:
         """Copy blocks of the cache into the arena; returns where they are."""
         slots = [self._free.pop() for _ in blocks]
-        self.used[slots] = True
+        self.used[torch.tensor(slots, dtype=torch.int64)] = True
         if self._copies_next():
             self.bytes_out += self._copy(slots, blocks, to_host=True)
         return slots
@@ -58,7 +58,7 @@ class HostArena:
 
     def release(self, slots: list[int]) -> None:
         """What is there is not needed any more."""
-        self.used[slots] = False
+        self.used[torch.tensor(slots, dtype=torch.int64)] = False
         self._free.extend(reversed(slots))
 
     def _copies_next(self) -> bool:
@@ -68,7 +68,8 @@ class HostArena:
     def _copy(self, slots: list[int], blocks: list[int], *, to_host: bool) -> int:
         """Copy blocks of all layers; returns their bytes."""
         count = 0
-        here, there = torch.tensor(slots), torch.tensor(blocks)
+        here = torch.tensor(slots, dtype=torch.int64)  # of a document below a block: none
+        there = torch.tensor(blocks, dtype=torch.int64)
         for host, layer in zip(self._layers, self._cache.layers, strict=True):
             for kept, part in zip(host, layer, strict=True):
                 if to_host:
