@@ -221,7 +221,8 @@ def serve_knowledge(  # noqa: PLR0913, PLR0917  what a knowledge cache is made o
             trace = replica.run(feed, start)
         finally:
             searcher.close()
-    if prefixes is not None:
+    if prefixes is not None and store is not None:
+        store.check()
         end_s = time.perf_counter() - start
         recorder.looked_up(prefixes.take_lookups(), end_s)
         recorder.moved(prefixes.tree.take_moves(), end_s)

@@ -15,6 +15,7 @@ from scenarios.tables import console, grid
 from scenarios.validation.options import Fault, Options, split, with_short_chunks
 from scenarios.validation.verdict import Line, Verdict
 from sim.files import claim_folder, whole_folder, write_json
+from sim.knowledge_setup import retrieves, rules_of
 from sim.policies.batching.base import Batching
 from sim.policies.routing.base import Routing
 from sim.provenance import provenance
@@ -65,10 +66,10 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
     Raises:
         ValueError: an unknown key or name, or an output folder that holds something else.
     """
-    from scenarios.validation.ask import Plan
+    from scenarios.validation.ask import KnowledgePlan, Plan
     from scenarios.validation.timing import ACCEPT_KEYS
 
-    families = ("batching", "routing")
+    families = ("batching", "routing", "cache_eviction")
     names = {family: _rule_names(family, study, overrides, config_dir) for family in families}
     chosen = tuple(f"policy/{family}=" for family in families)
     rest = [text for text in overrides if not text.startswith(chosen)]
@@ -111,9 +112,16 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
             "without a prefix cache and without faults; set engine.prefix_caching=false, "
             "num_replicas=1 and faults=[], or validate one rank"
         )
+    knowledge = None
+    if retrieves(last):
+        evictions = {
+            name: composed("cache_eviction", name).policy.cache_eviction
+            for name in names["cache_eviction"]
+        }
+        knowledge = KnowledgePlan(rules_of(last), evictions)
     return Plan(
         study, options, policies, accept, out, prefix_caching, last.num_replicas, routings, *sizes,
-        last.policy.instance_plan, tuple(last.faults), lanes,
+        last.policy.instance_plan, tuple(last.faults), lanes, knowledge,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from backends.transformer import Transformer
 from backends.weights import random_model
 from scenarios import calibrate
 from scenarios.tables import console
-from scenarios.validation import handed_over, several_ranks, timing
+from scenarios.validation import handed_over, knowledge, several_ranks, timing
 from scenarios.validation.decisions import exact_lines
 from scenarios.validation.failing import failing_lines
 from scenarios.validation.lanes_time import LanePanels
@@ -29,13 +29,23 @@ from scenarios.validation.verdict import Line, not_run
 from sim.costs.fitted import Fitted
 from sim.costs.fitting import jitter_quantiles
 from sim.faults import Fault as PartFault
+from sim.knowledge_rules import Rules
 from sim.policies.batching.base import Batching
+from sim.policies.cache_eviction.base import CacheEviction
 from sim.policies.instance_plan.base import InstancePlan, phases
 from sim.policies.instance_plan.colocated import Colocated
 from sim.policies.routing.base import Routing
 from sim.processes.pace import Jitter
 from sim.trace import Trace
 from sim.workload.source import Source
+
+
+class KnowledgePlan(NamedTuple):
+    """What of a study its knowledge cache decides."""
+
+    rules: Rules
+    evictions: Mapping[str, CacheEviction]
+    """Every rule that is asked, by name."""
 
 
 class Plan(NamedTuple):
@@ -60,6 +70,8 @@ class Plan(NamedTuple):
     """Of the study: the deployment is asked with them as well."""
     batches_in_flight: int | None = None
     """Of a replica of several stages."""
+    knowledge: KnowledgePlan | None = None
+    """Of a study that retrieves documents: what is asked is its knowledge cache."""
 
     @property
     def routing(self) -> Routing:
@@ -71,6 +83,9 @@ def answer(plan: Plan) -> tuple[list[Line], dict[str, Runs]]:
     """Every line of the table, and the timed runs by policy (none if time was not asked about)."""
     use_one_thread()
     asked = set(plan.options.only)
+    if plan.knowledge is not None:
+        lines, runs = knowledge.answer(plan)
+        return _in_order(lines, asked), runs
     if plan.tp_size * plan.pp_size > 1:
         lines, runs = several_ranks.answer(plan)
         return _in_order(lines, asked), runs

@@ -1,0 +1,145 @@
+"""The two executors of `knowledge_cache`: real tiers decide, copy and answer like simulated ones."""
+
+from functools import lru_cache
+
+import numpy as np
+import pytest
+
+from backends.corruption import Corruption
+from backends.knowledge_cache import serve_knowledge
+from backends.serving import open_model, use_one_thread
+from scenarios.validation import knowledge, knowledge_cases
+from scenarios.validation.ask import KnowledgePlan, Plan
+from scenarios.validation.options import Fault, Options, Question
+from scenarios.validation.verdict import Verdict
+from sim.knowledge_rules import Rules
+from sim.policies.registry import policies
+from sim.state.knowledge_tree import MoveKind
+from sim.trace import State
+
+COUNT = 200
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    use_one_thread()
+
+
+def rules(eviction="pgdsf", order="fcfs", overlap="none", batching="continuous"):
+    return Rules(
+        policies("batching")[batching](), policies("cache_eviction")[eviction](),
+        policies("request_order")[order](), policies("retrieval_overlap")[overlap](),
+    )  # fmt: skip
+
+
+def assert_equal(panels, decided):
+    lines = [knowledge.decision_line("case", panels)]
+    lines += [knowledge.table_line("case", what, table, panels)
+              for what, table in knowledge.TABLES.items()]  # fmt: skip
+    lines += knowledge.byte_lines("case", panels, open_model("random", "cpu")[1].config)
+    assert [line.metric for line in lines if line.verdict is not Verdict.passed] == []
+    kinds = set(panels.real.trace.moves["kind"].tolist())
+    assert decided <= kinds, "the case is too small to say anything"
+
+
+OVERFLOWS = {MoveKind.insert, MoveKind.load, MoveKind.swap_out, MoveKind.drop, MoveKind.forget}
+
+
+@pytest.mark.parametrize("eviction", ["lru", "lfu", "gdsf", "pgdsf"])
+@pytest.mark.parametrize(
+    ("order", "overlap", "batching"),
+    [("fcfs", "none", "continuous"), ("cache_aware", "speculative", "chunked_prefill")],
+)
+def test_hits_evictions_swaps_and_bytes_are_equal_under_replay(eviction, order, overlap, batching):
+    panels = knowledge.run_both(rules(eviction, order, overlap, batching), COUNT, 0, "cpu")
+    assert_equal(panels, OVERFLOWS)
+    stopped = panels.real.trace.stages["stopped"]
+    assert (stopped >= 0).any() == (overlap == "speculative")
+
+
+@lru_cache
+def _answers(reuse, overlap="none"):
+    case = knowledge_cases.tiny(COUNT, 1)
+    model = open_model("random", "cpu")[1]
+    return serve_knowledge(
+        model, case.questions, case.searcher(), case.texts(model.config.vocab_size, 1),
+        rules("lru", overlap=overlap), case.limits, case.tiers._replace(reuse=reuse),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("overlap", ["none", "speculative"])
+def test_cached_documents_change_no_token(overlap):
+    plain, cached = _answers(False), _answers(True, overlap)
+    assert cached.answers == plain.answers
+    assert cached.bytes_loaded > 0
+    assert plain.bytes_loaded == plain.bytes_swapped_out == 0
+    assert cached.kv_bytes_written < plain.kv_bytes_written or overlap == "speculative"
+
+
+def test_searches_of_both_panels_find_the_same_documents():
+    case = knowledge_cases.tiny(COUNT, 1)
+    found = _answers(True).found
+    assert [tuple(found[one.request.request_id]) for one in case.questions] == [
+        one.stages for one in case.questions
+    ]
+
+
+def test_every_question_is_answered_once_and_no_answer_is_there_before_its_documents():
+    trace = _answers(True, "speculative").trace
+    searches = trace.searches
+    assert sorted(searches["request"].tolist()) == list(range(COUNT))
+    finished = trace.events["request"][trace.events["state"] == State.finished]
+    assert np.isin(searches["generation"], finished).all()
+    cancelled = trace.events["request"][trace.events["state"] == State.cancelled]
+    assert not np.isin(searches["generation"], cancelled).any()
+
+
+@pytest.mark.parametrize("fault", [Fault.skip_free, Fault.drop_copy])
+def test_a_seeded_fault_is_caught(fault):
+    options = Options(decision_requests=20, corrupt=fault, only=[Question.decisions])
+    plan = Plan("test", options, {}, {}, None, knowledge=KnowledgePlan(rules(), {}))
+    lines = knowledge.exact_lines("pgdsf", rules(), plan)
+    assert any(line.verdict is Verdict.missed for line in lines)
+
+
+def test_a_copy_that_is_dropped_shows_in_the_bytes():
+    whole = knowledge.run_both(rules(), COUNT, 0, "cpu")
+    case = Corruption(kind="drop_copy", index=0)
+    broken = knowledge.run_both(rules(), COUNT, 0, "cpu", case)
+    config = open_model("random", "cpu")[1].config
+
+    def missed(panels):
+        return [line.metric for line in knowledge.byte_lines("", panels, config)
+                if line.verdict is Verdict.missed]  # fmt: skip
+
+    assert missed(whole) == []
+    assert missed(broken) != []
+
+
+def test_without_a_host_tier_nothing_is_copied():
+    case = knowledge_cases.tiny(COUNT, 0)
+    model = open_model("random", "cpu")[1]
+    tiers = case.tiers._replace(host_blocks=0)
+    real = serve_knowledge(
+        model, case.questions, case.searcher(), case.texts(model.config.vocab_size, 0), rules(),
+        case.limits, tiers,
+    )  # fmt: skip
+    panels = knowledge.KnowledgePanels(
+        real, knowledge.replay(real.trace, rules(), case._replace(tiers=tiers))
+    )
+    assert_equal(panels, {MoveKind.insert, MoveKind.drop})
+    assert real.bytes_loaded == real.bytes_swapped_out == 0
+
+
+def test_hot_documents_are_replicated_alike():
+    case = knowledge_cases.tiny(COUNT, 0)
+    model = open_model("random", "cpu")[1]
+    tiers = case.tiers._replace(replicate_from=3)
+    real = serve_knowledge(
+        model, case.questions, case.searcher(), case.texts(model.config.vocab_size, 0), rules(),
+        case.limits, tiers,
+    )  # fmt: skip
+    panels = knowledge.KnowledgePanels(
+        real, knowledge.replay(real.trace, rules(), case._replace(tiers=tiers))
+    )
+    assert_equal(panels, {MoveKind.replicate})
