@@ -110,8 +110,12 @@ class KnowledgeStore:
 
     def hold(self, sequence: Sequence) -> int:
         """Hold them; what is in host memory is loaded by `load`."""
-        request_id = sequence.request.request_id
+        request_id, tree = sequence.request.request_id, self._prefixes.tree
+        before = len(tree.moves)
         found = self._prefixes.hold(sequence.request.view(sequence.generated))
+        for move in tree.moves[before:]:
+            if move.kind is not MoveKind.load:  # which waits for its blocks
+                self._carry_out(move)
         nodes = list(self._prefixes.held_nodes(request_id))
         for node in nodes:
             self._cache.count_holder(self._blocks.get(node.number, []))
@@ -125,10 +129,7 @@ class KnowledgeStore:
         missing = {node.number: node for _, nodes in self._held for node in nodes
                    if node.number not in self._blocks}  # fmt: skip
         wanted = sum(node.blocks for node in missing.values())
-        loads, self._prefixes.tree.moves = self._prefixes.tree.moves, []
         self._shrink(wanted)
-        evictions, self._prefixes.tree.moves = self._prefixes.tree.moves, [*loads]
-        self._prefixes.tree.moves += evictions
         for node in missing.values():
             blocks = self._cache.take_cached(node.blocks)
             self._blocks[node.number] = blocks

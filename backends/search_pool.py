@@ -47,6 +47,8 @@ class Found(NamedTuple):
     """From 0 on."""
     documents: tuple[int, ...]
     """Nearest first, over all stages so far."""
+    begin_s: float
+    """When the search of the request began, in seconds after t = 0."""
     instant_s: float
     """When the stage was over, in seconds after t = 0."""
     final: bool
@@ -194,6 +196,7 @@ class SearchPool:
     def _serve(self, wanted: Wanted) -> None:
         stages = self._search.stages(wanted.query)
         self._sleep_until(self._start + wanted.arrival_s)
+        begin_s = time.perf_counter() - self._start
         for stage in range(self._search.num_stages):
             earliest = time.perf_counter() + self._stage_s
             documents = () if self._stopped.is_set() else next(stages)
@@ -202,7 +205,7 @@ class SearchPool:
                 return
             instant_s = time.perf_counter() - self._start
             final = stage == self._search.num_stages - 1
-            self._queue.put(Found(wanted.request_id, stage, documents, instant_s, final))
+            self._queue.put(Found(wanted.request_id, stage, documents, begin_s, instant_s, final))
 
     def _sleep_until(self, instant: float) -> None:
         """As `backends.arrivals.sleep_until`, but the end of the pool ends it."""

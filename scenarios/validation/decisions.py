@@ -5,7 +5,7 @@ pre-empted. Its decision instants are replayed on the simulated panel, which dec
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from backends.kv_cache import Corruption
 from backends.serving import Served, serve
@@ -41,11 +41,34 @@ def tiny_architecture() -> Architecture:
     return random_model().config
 
 
+class Real(Protocol):
+    """A real run."""
+
+    @property
+    def trace(self) -> Trace:
+        """What happened."""
+        ...
+
+
 class Panels(NamedTuple):
     """The same requests on both panels."""
 
     real: Served
     simulated: Trace
+
+
+class Decided(Protocol):
+    """The same requests on both panels, whatever else a panel tells of them."""
+
+    @property
+    def real(self) -> Real:
+        """The real one."""
+        ...
+
+    @property
+    def simulated(self) -> Trace:
+        """The simulated one."""
+        ...
 
 
 def workload(num_requests: int) -> Poisson:
@@ -122,7 +145,7 @@ def stopped_lines(name: str, error: Exception) -> list[Line]:
     ]  # fmt: skip
 
 
-def decision_line(name: str, panels: Panels) -> Line:
+def decision_line(name: str, panels: Decided) -> Line:
     """Question 1 for one policy."""
     measured, simulated = expand(panels.real.trace), expand(panels.simulated)
     pairs = zip(simulated, measured, strict=False)

@@ -110,7 +110,7 @@ def run_both(
 
 
 def replay(real: Trace, rules: Rules, case: "cases.Case") -> Trace:
-    """Decide again at the instants of a real trace, about documents found by a search of its own."""
+    """Decide again at a real trace's instants, about documents found by a search of its own."""
     return simulate_knowledge(
         iter(case.questions), rules, case.limits, Replayed.of(real), case.tiers,
         Search(0.0, 0.0, 1), StageLog.of(real), one_by_one=True,

@@ -12,7 +12,7 @@ import numpy as np
 from backends.corpus import Corpus, generated, python_topics, questions
 from backends.embeddings import HashedFeatures
 from backends.knowledge_cache import Searcher, Texts
-from backends.search_pool import SearchPool
+from backends.search_pool import SearchPool, Wanted
 from backends.staged_search import StagedSearch
 from backends.tokenizer import Tokenizer
 from sim.engine import ReplicaLimits
@@ -52,8 +52,15 @@ class Case(NamedTuple):
 
     def searcher(self) -> Searcher:
         """A search in the background, at the arrival of each question."""
-        arrivals_s = [one.request.arrival_s for one in self.questions]
-        return SearchPool(self.search, self.embedded, arrivals_s)
+        return SearchPool(
+            self.search,
+            [
+                Wanted(request_id=number, arrival_s=one.request.arrival_s, query=query)
+                for number, (one, query) in enumerate(
+                    zip(self.questions, self.embedded, strict=True)
+                )
+            ],
+        )
 
     def texts(self, vocabulary: int, seed: int) -> Texts:
         """Random token ids of documents and questions."""
@@ -117,7 +124,7 @@ def readable(
 
 
 def _popular(count: int, num_documents: int, seed: int) -> list[int]:
-    """Documents that questions are made from: the top 3 % get 60 %, as RAGCache found (section 3)."""
+    """Documents that questions are made from: the top 3 % get 60 % (RAGCache, section 3)."""
     zipf = Zipf(num_documents, zipf_exponent(num_documents, 0.03, 0.6))
     return zipf.ranks(generator(seed, "popularity").random(count)).tolist()
 
@@ -131,7 +138,7 @@ def _search(corpus: Corpus, texts: Sequence[str], top_k: int) -> tuple[StagedSea
     return search, embedder.embed(texts)
 
 
-def _questions(  # noqa: PLR0913, PLR0917  what questions are made of
+def _questions(
     search: StagedSearch, embedded: np.ndarray, arrivals_s: np.ndarray, documents: Documents,
     own_tokens: Sequence[int], output_tokens: int,
 ) -> list[Question]:  # fmt: skip

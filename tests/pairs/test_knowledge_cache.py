@@ -1,4 +1,4 @@
-"""The two executors of `knowledge_cache`: real tiers decide, copy and answer like simulated ones."""
+"""The two executors of `knowledge_cache`: real tiers decide, copy and answer as simulated ones."""
 
 from functools import lru_cache
 

@@ -149,7 +149,7 @@ def test_two_processes_write_the_same_bytes_and_import_no_torch(workplace):
     for name in ("one", "two"):
         subprocess.run([sys.executable, "-c", script, name], check=True, capture_output=True)
     files = sorted(path.relative_to("one") for path in Path("one").rglob("*.parquet"))
-    assert len(files) == 10
+    assert len(files) == 14
     for file in files:
         assert (Path("one") / file).read_bytes() == (Path("two") / file).read_bytes(), file
 
