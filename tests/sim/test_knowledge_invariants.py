@@ -92,9 +92,9 @@ def test_the_tree_stays_consistent(rule, steps, host, replicate):
             prefixes.store(number, one.prompt_tokens)
             running.append(number)
         elif what == "finish" and running:
-            number = running.pop(size % len(running))
-            prefixes.release(number)
-            prefixes.forget(number)
+            done = running.pop(size % len(running))
+            prefixes.release(done)
+            prefixes.forget(done)
         elif what == "shrink":
             prefixes.shrink(size)
             assert prefixes.unheld <= size
