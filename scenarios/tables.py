@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "end to end"}
 STATISTICS = ("mean", "p50", "p90", "p99")
-TTFT_PARTS = ("queue", "prefill", "interference")
+TTFT_PARTS = {
+    "exposed_search_mean_s": "search not hidden",
+    "queue_mean_s": "queue",
+    "prefill_mean_s": "prefill",
+    "interference_mean_s": "interference",
+}
 OTHERS = {
     "throughput_requests_per_s": "throughput",
     "throughput_tokens_per_s": "output",
@@ -23,6 +28,13 @@ OTHERS = {
     "slo_share": "met the SLO",
     "busy_share": "busy",
     "prefix_hit_share": "of prompt tokens from the prefix cache",
+    "document_hit_share": "of retrieved documents cached",
+    "gpu_hit_share": "of them on the GPU",
+    "host_hit_share": "of them in host memory",
+    "search_mean_s": "search, from arrival to its end",
+    "num_speculations_stopped": "generations stopped for other documents",
+    "kv_bytes_swapped_out": "KV copied to host memory",
+    "kv_bytes_loaded": "KV loaded from host memory",
     "hand_over_mean_s": "from first token to decoding elsewhere",
     "kv_bytes_moved": "KV moved between instances",
     "flops_utilisation": "of peak FLOP/s",
@@ -134,7 +146,8 @@ def other_table(figures: Mapping[str, Figure]) -> Table:
     for name, label in OTHERS.items():
         if name in ONLY_AFTER_DEATHS and not figures[name].mean:
             continue
-        if not math.isnan(figures[name].mean):
+        # Results that were saved before a figure was there lack it.
+        if name in figures and not math.isnan(figures[name].mean):
             table.add_row(label, with_interval(name, figures[name]))
     return table
 
@@ -154,7 +167,12 @@ def show_result(
         out.print(f"[bold red]overloaded[/]: {overloaded}")
     else:
         out.print(latency_table(figures))
-        parts = [f"{part} {seconds(figures[f'{part}_mean_s'].mean)}" for part in TTFT_PARTS]
+        known = {name: figures[name].mean for name in TTFT_PARTS if name in figures}
+        parts = [
+            f"{TTFT_PARTS[name]} {seconds(mean)}"
+            for name, mean in known.items()
+            if not math.isnan(mean)
+        ]
         out.print(f"mean TTFT = {' + '.join(parts)}")
     out.print(other_table(figures))
     out.print("costs: " + ", ".join(f"{share:.0%} {source}" for source, share in shares.items()))

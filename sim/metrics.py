@@ -187,9 +187,13 @@ def token_times(trace: Trace, request_id: int) -> Floats:
 
 
 class TtftParts(NamedTuple):
-    """TTFT = queue + prefill + interference, one entry a request in order of request id."""
+    """TTFT = search + queue + prefill + interference, one entry a request in order of id."""
 
+    search_s: Floats
+    """Of the search for its documents, what no prefill of its own hid: until it was admitted or
+    the search was over, and from its computed first token until the search was. 0 without one."""
     queue_s: Floats
+    """From the arrival, or from the end of its search, to its seat. 0 where that came before."""
     prefill_s: Floats
     """Of the iterations that computed its prompt, the share that its tokens had in the batch."""
     interference_s: Floats
@@ -208,13 +212,24 @@ def ttft_parts(trace: Trace, times: RequestTimes) -> TtftParts:
     share_s = duration_s[row] * lists["prefilled_tokens"].values / np.maximum(tokens[row], 1)
     position = np.clip(np.searchsorted(times.request, who), 0, max(len(times.request) - 1, 0))
     if len(times.request) == 0:
-        return TtftParts(np.zeros(0), np.zeros(0), np.zeros(0))
-    before_first = trace.iterations["start_s"][iteration[row]] < times.first_token_s[position]
+        return TtftParts(*[np.zeros(0)] * len(TtftParts._fields))
+    computed_s = _computed_s(trace, times.request)
+    before_first = trace.iterations["start_s"][iteration[row]] < computed_s[position]
     counted = (times.request[position] == who) & before_first
     prefill_s = np.zeros(len(times.request))
     np.add.at(prefill_s, position[counted], share_s[counted])
-    queue_s = times.queue_s
-    return TtftParts(queue_s, prefill_s, times.ttft_s - queue_s - prefill_s)
+    certain_s = np.maximum(_certain_s(trace.searches, times.request), times.arrival_s)
+    queue_s = np.maximum(times.scheduled_s - certain_s, 0.0)
+    early_s = times.queue_s - queue_s
+    search_s = early_s + np.maximum(certain_s - computed_s, 0.0)
+    return TtftParts(search_s, queue_s, prefill_s, times.ttft_s - search_s - queue_s - prefill_s)
+
+
+def _computed_s(trace: Trace, requests: Ints) -> Floats:
+    """When the first token of each request was computed, however long it waited for its search."""
+    by_request = _runs_in_order(trace)
+    first = by_request[np.searchsorted(trace.runs["request"][by_request], requests)]
+    return trace.iterations["end_s"][trace.runs["first_iteration"][first]]
 
 
 def steady_window(

@@ -90,6 +90,7 @@ class Result:
             "request": times.request,
             "arrival_s": times.arrival_s,
             "ttft_s": times.ttft_s,
+            "search_s": parts.search_s,
             "queue_s": parts.queue_s,
             "prefill_s": parts.prefill_s,
             "interference_s": parts.interference_s,

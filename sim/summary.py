@@ -3,6 +3,7 @@
 import numpy as np
 
 from sim import metrics
+from sim.knowledge_metrics import knowledge_figures, mean_search_s
 from sim.metrics import RequestTimes, Slo
 from sim.scenario import Scenario
 from sim.setup import Setup
@@ -38,6 +39,7 @@ def summarise(scenario: Scenario, setup: Setup, trace: Trace) -> dict[str, float
         "prefix_hit_share": (
             metrics.reused_share(trace) if scenario.engine.prefix_caching else float("nan")
         ),
+        **knowledge_figures(trace, setup.limits.block_size * setup.kv_bytes_per_token),
         **_efficiency(scenario, setup, trace, duration_s),
     }
     return figures
@@ -56,10 +58,14 @@ def latencies(trace: Trace, times: RequestTimes, *, steady: bool = True) -> dict
     gaps = metrics.inter_token_gaps(trace, times.request)
     figures["itl_mean_s"] = gaps.mean()
     figures |= {f"itl_p{q}_s": gaps.percentile(q) for q in PERCENTILES}
+    names = ("exposed_search", "queue", "prefill", "interference")
     figures |= {
         f"{name}_mean_s": float(values.mean()) if len(values) else float("nan")
-        for name, values in zip(("queue", "prefill", "interference"), parts, strict=True)
+        for name, values in zip(names, parts, strict=True)
     }
+    figures["search_mean_s"] = mean_search_s(trace, times.request)
+    if np.isnan(figures["search_mean_s"]):
+        figures["exposed_search_mean_s"] = float("nan")
     return figures if steady else dict.fromkeys(figures, float("nan"))
 
 

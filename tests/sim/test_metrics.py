@@ -130,7 +130,8 @@ def test_the_parts_of_ttft_name_their_cause() -> None:
 
 def ttft_rows(trace: Trace) -> list[tuple[float, ...]]:
     parts = metrics.ttft_parts(trace, request_times(trace))
-    return [tuple(row) for row in np.stack(parts, axis=1).tolist()]
+    assert not parts.search_s.any()
+    return [tuple(row) for row in np.stack(parts[1:], axis=1).tolist()]
 
 
 def some_times(arrival_s: list[float], wait_s: list[float], answer_s: float = 1.0) -> RequestTimes:
