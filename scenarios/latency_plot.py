@@ -43,6 +43,10 @@ def latencies(trace: Trace, path: Path, title: str, ttft_slo_s: float | None = N
 
 
 def _distribution(axes: Axes, values: Any, weights: Any, label: str, colour: str) -> None:
+    axes.set_xlabel(label)
+    if not len(values):  # answers of one token have no gaps
+        axes.text(0.5, 0.5, "none", ha="center", transform=axes.transAxes)
+        return
     total = np.cumsum(weights) / max(weights.sum(), 1)
     axes.step(values, total, where="post", color=colour, linewidth=2)
     axes.set_xscale("log")
@@ -51,7 +55,6 @@ def _distribution(axes: Axes, values: Any, weights: Any, label: str, colour: str
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
     axes.xaxis.set_major_formatter(FuncFormatter(_milliseconds))
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
-    axes.set_xlabel(label)
     for share in (0.5, 0.99):
         at = float(values[min(np.searchsorted(total, share), len(values) - 1)])
         axes.plot([at], [share], "o", color=colour, markersize=5)
