@@ -120,8 +120,12 @@ def _why(ones: Mapping[str, Figure], others: Mapping[str, Figure]) -> str:
     if math.isnan(change):
         return "mean TTFT: not known for an overloaded run"
     parts = {
-        part: others[f"{part}_mean_s"].mean - ones[f"{part}_mean_s"].mean
-        for part in tables.TTFT_PARTS
+        label: moved
+        for name, label in tables.TTFT_PARTS.items()
+        if name in ones
+        and name in others
+        # Where nothing is retrieved, nothing is searched.
+        and not math.isnan(moved := others[name].mean - ones[name].mean)
     }
     split = ", ".join(f"{part} {_signed(value)}" for part, value in parts.items())
     main = max(parts, key=lambda part: abs(parts[part]))
