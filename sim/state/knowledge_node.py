@@ -3,6 +3,9 @@
 from enum import IntEnum
 from typing import NamedTuple
 
+SYSTEM_PROMPT = -1
+"""Number of the document that stands for the system prompt, in front of all others."""
+
 
 class Tier(IntEnum):
     """Where KV is kept."""

@@ -5,12 +5,9 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from sim.requests import RequestView
-from sim.state.knowledge_node import Node
+from sim.state.knowledge_node import SYSTEM_PROMPT, Node
 from sim.state.knowledge_tree import KnowledgeTree
 from sim.state.prefix_cache import NOTHING_CACHED, CachedPrefix
-
-SYSTEM_PROMPT = -1
-"""Number of the document that stands for the system prompt, in front of all others."""
 
 
 class Lookup(NamedTuple):
@@ -103,10 +100,11 @@ class KnowledgePrefixes:
             self._note(request.request_id, path, nodes)
         for node in nodes:
             self.tree.pin(node)
-            if not path.used:
-                self.tree.use(node, None)
         path.held = nodes
         if not path.used:
+            # All are held by now: a copy made ahead of need pushes none of them out of the host.
+            for node in nodes:
+                self.tree.use(node, None)
             new = request.prefill_tokens - found.tokens
             cost_s = self._prefill_s(found.tokens, new) / new
             for node in self._nodes(path, nodes, len(path.documents)):

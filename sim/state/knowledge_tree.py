@@ -13,7 +13,7 @@ from enum import IntEnum
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple, Protocol
 
-from sim.state.knowledge_node import Node, NodeView, Tier
+from sim.state.knowledge_node import SYSTEM_PROMPT, Node, NodeView, Tier
 
 
 class EvictionRule(Protocol):
@@ -69,8 +69,9 @@ class KnowledgeTree:
         Args:
             rule: gives priorities.
             host_blocks: blocks that fit into the host tier; 0: there is none.
-            replicate_from: uses after which a document right behind the root gets its copy in host
-                memory ahead of need, so that losing the GPU does not lose it; None: never.
+            replicate_from: uses after which the system prompt, or a document right behind it, gets
+                its copy in host memory ahead of need, so that losing the GPU does not lose it;
+                None: never.
         """
         self.root = Node(-1, None, 0, 0)
         self.root.gpu = True
@@ -119,7 +120,7 @@ class KnowledgeTree:
         if node.host:
             node.host_priority = self._rule.priority(Tier.host, node.view())
         frequent = self._replicate_from is not None and node.frequency >= self._replicate_from
-        if frequent and node.gpu and node.parent is self.root and not node.host:
+        if frequent and node.gpu and not node.host and self._first(node):
             self._replicate(node)
 
     def pin(self, node: Node) -> int:
@@ -170,9 +171,11 @@ class KnowledgeTree:
         Raises:
             ValueError: a request still holds a node.
         """
-        for node in [one for one in self.nodes() if one.gpu]:
+        lost = [one for one in self.nodes() if one.gpu]
+        for node in lost:
             if node.pins:
                 raise ValueError(f"node {node.number} is held; pre-empt its {node.pins} requests")
+        for node in lost:
             self._exit_gpu(node)
             self._move(MoveKind.drop, node)
         for node in list(self.nodes()):
@@ -195,6 +198,13 @@ class KnowledgeTree:
         """What was decided since the last call, in order."""
         moves, self.moves = self.moves, []
         return moves
+
+    def _first(self, node: Node) -> bool:
+        """Whether it is the system prompt or the first document, behind what the host has."""
+        parent = node.parent
+        if parent is None or parent is self.root:
+            return parent is self.root
+        return parent.parent is self.root and parent.document == SYSTEM_PROMPT and parent.host
 
     def _reachable(self, node: Node) -> bool:
         parent = node.parent
