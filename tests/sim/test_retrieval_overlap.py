@@ -79,7 +79,7 @@ class _Broken(RetrievalOverlap):
 )
 def test_what_a_rule_may_not_do_is_refused(action, generating, final):
     view = SearchView(A, (), generating, final, 0)
-    with pytest.raises(ValueError, match="policy _Broken: .* mend the policy"):
+    with pytest.raises(ValueError, match=r"policy _Broken: .* mend the policy"):
         checked_action(_Broken(action=action), view)
 
 
