@@ -113,19 +113,22 @@ def _check_deployment(scenario: Scenario, setup: Setup) -> None:
     Raises:
         ValueError: names it, and what to take.
     """
-    apart = bool(phases(scenario.policy.instance_plan, scenario.num_replicas)[1])
-    refused = {
-        "num_replicas": (scenario.num_replicas > 1 or apart, "num_replicas=1"),
-        "pp_size": (setup.lanes > 1, "engine.batches_in_flight=1"),
-        "faults": (bool(scenario.faults), "faults=[]"),
-        "engine.schedules_ahead": (scenario.engine.schedules_ahead, "engine=diptych"),
-        "engine.prefix_caching": (scenario.engine.prefix_caching, "engine.prefix_caching=false"),
-    }
-    for name, (holds, instead) in refused.items():
+    plan, engine = scenario.policy.instance_plan, scenario.engine
+    apart = bool(phases(plan, scenario.num_replicas)[1])
+    refused = [
+        (scenario.num_replicas > 1, f"num_replicas={scenario.num_replicas}", "num_replicas=1"),
+        (apart, f"instance plan {type(plan).__name__}", "policy/instance_plan=colocated"),
+        (setup.lanes > 1, f"pp_size={scenario.pp_size} and {setup.lanes} batches in flight",
+         "engine.batches_in_flight=1"),
+        (bool(scenario.faults), f"faults={scenario.faults}", "faults=[]"),
+        (engine.schedules_ahead, "engine.schedules_ahead=true", "engine.schedules_ahead=false"),
+        (engine.prefix_caching, "engine.prefix_caching=true", "engine.prefix_caching=false"),
+    ]  # fmt: skip
+    for holds, value, instead in refused:
         if holds:
             raise ValueError(
                 f"workload {type(scenario.workload).__name__} retrieves documents, and a replica "
-                f"with a knowledge cache is not combined with this {name}; take {instead}"
+                f"with a knowledge cache is not combined with {value}; take {instead}"
             )
 
 
