@@ -110,12 +110,8 @@ class KnowledgeStore:
 
     def hold(self, sequence: Sequence) -> int:
         """Hold them; what is in host memory is loaded by `load`."""
-        request_id, tree = sequence.request.request_id, self._prefixes.tree
-        before = len(tree.moves)
+        request_id = sequence.request.request_id
         found = self._prefixes.hold(sequence.request.view(sequence.generated))
-        for move in tree.moves[before:]:
-            if move.kind is not MoveKind.load:  # which waits for its blocks
-                self._carry_out(move)
         nodes = list(self._prefixes.held_nodes(request_id))
         for node in nodes:
             self._cache.count_holder(self._blocks.get(node.number, []))
@@ -152,7 +148,9 @@ class KnowledgeStore:
         """Keep the documents whose blocks are full now; of two copies the first one stays."""
         request_id = sequence.request.request_id
         first = len(self._prefixes.held_nodes(request_id))
+        before = len(self._prefixes.tree.moves)
         self._prefixes.store(request_id, sequence.computed)
+        moves = self._prefixes.tree.moves[before:]
         nodes = self._prefixes.held_nodes(request_id)
         at = sum(node.blocks for node in nodes[:first])
         for node in nodes[first:]:
@@ -160,6 +158,8 @@ class KnowledgeStore:
             kept = self._cache.keep_in_table(request_id, at, node.blocks, known)
             self._blocks[node.number] = kept
             at += node.blocks
+        for move in moves:  # copies ahead of need, now that their blocks are known
+            self._carry_out(move)
 
     def leave(self, sequence: Sequence) -> None:
         """Keep what is complete, and hold it no longer."""

@@ -25,7 +25,7 @@ class Lookup(NamedTuple):
 class Path:
     """The documents of one request, and how far it holds them."""
 
-    __slots__ = ("documents", "ends", "found", "held", "seen", "used")
+    __slots__ = ("documents", "ends", "found", "held", "seen", "stored", "used")
 
     def __init__(self, documents: tuple[int, ...], ends: list[int]) -> None:
         self.documents = documents
@@ -35,6 +35,8 @@ class Path:
         """Leading documents whose blocks it holds."""
         self.used = False
         """Whether it was counted; a request that comes back after a pre-emption is not again."""
+        self.stored = False
+        """Whether an iteration has computed some of it."""
         self.found = NOTHING_CACHED
         self.seen = -1
         """State of the tree at which `found` was looked up."""
@@ -102,7 +104,6 @@ class KnowledgePrefixes:
             self.tree.pin(node)
         path.held = nodes
         if not path.used:
-            # All are held by now: a copy made ahead of need pushes none of them out of the host.
             for node in nodes:
                 self.tree.use(node, None)
             new = request.prefill_tokens - found.tokens
@@ -128,6 +129,12 @@ class KnowledgePrefixes:
             else:
                 self.tree.insert(node)
             path.held.append(node)
+        if not path.stored:
+            # Not when it is admitted: that must take nothing from what others were promised.
+            for node in path.held:
+                self.tree.keep_copy(node)
+            self._changes += 1
+        path.stored = True
         return copies, taken
 
     def release(self, request_id: int) -> int:

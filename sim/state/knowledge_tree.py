@@ -119,9 +119,15 @@ class KnowledgeTree:
             node.gpu_priority = self._rule.priority(Tier.gpu, node.view())
         if node.host:
             node.host_priority = self._rule.priority(Tier.host, node.view())
+
+    def keep_copy(self, node: Node) -> None:
+        """Copy a node to the host ahead of need, if it is an upper one that is used often."""
         frequent = self._replicate_from is not None and node.frequency >= self._replicate_from
-        if frequent and node.gpu and not node.host and self._first(node):
-            self._replicate(node)
+        if not (frequent and node.gpu and not node.host and self._first(node)):
+            return
+        if self._make_room(node.blocks):
+            self._enter_host(node)
+            self._move(MoveKind.replicate, node)
 
     def pin(self, node: Node) -> int:
         """Hold a cached node on the GPU; returns the blocks that were free and no longer are."""
@@ -281,11 +287,6 @@ class KnowledgeTree:
             self._rule.evicted(Tier.host, node.host_priority)
             self._exit_host(node)
         return True
-
-    def _replicate(self, node: Node) -> None:
-        if self._make_room(node.blocks):
-            self._enter_host(node)
-            self._move(MoveKind.replicate, node)
 
     def _forget_below(self, node: Node) -> None:
         """What is cached behind a node that has left the cache cannot be reached any more."""

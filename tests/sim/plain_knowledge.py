@@ -14,7 +14,8 @@ class PlainTree:
     def __init__(self, rule, block, lengths, *, system, host_blocks, replicate_from, cost_s):
         self.rule, self.block, self.lengths, self.system = rule, block, lengths, system
         self.host_blocks, self.replicate_from, self.cost_s = host_blocks, replicate_from, cost_s
-        self.nodes, self.held, self.used, self.moves = {}, {}, set(), []
+        self.nodes, self.held, self.moves = {}, {}, []
+        self.used, self.stored = set(), set()
         self.clock = {GPU: 0.0, HOST: 0.0}
         self.uses = 0
 
@@ -94,6 +95,8 @@ class PlainTree:
         for tier in (GPU, HOST):
             if getattr(node, tier):
                 self.value(node, tier)
+
+    def keep_copy(self, node):
         documents = [one for one in node.path if one >= 0]
         first = len(documents) <= 1 and (len(node.path) == 1 or self.nodes[node.path[:-1]].host)
         hot = self.replicate_from is not None and node.frequency >= self.replicate_from
@@ -121,6 +124,10 @@ class PlainTree:
                 self.value(node, GPU)
                 self.move(MoveKind.insert, node)
             held.append(path)
+        if request not in self.stored:
+            for path in held:
+                self.keep_copy(self.nodes[path])
+        self.stored.add(request)
         return copies, taken
 
     def release(self, request):

@@ -88,7 +88,12 @@ def test_the_tree_stays_consistent(rule, steps, host, replicate):
             prefixes.register(number, tuple(documents))
             one = view(number, documents)
             assert prefixes.cached(one).tokens == brute_force(prefixes, documents)
+            other, wanted = number + 1000, documents[: 1 + size % 3][::-1]
+            prefixes.register(other, tuple(wanted))
+            promised = prefixes.cached(view(other, wanted)).tokens
             prefixes.hold(one)
+            found = prefixes.cached(view(other, wanted)).tokens
+            assert found >= promised, "a request that is admitted takes from another's promise"
             prefixes.store(number, one.prompt_tokens)
             running.append(number)
         elif what == "finish" and running:

@@ -238,3 +238,21 @@ def test_a_hot_document_behind_the_system_prompt_outlives_the_gpu(system):
     prefixes.register(9, (0, 1))
     found = prefixes.cached(_make_view(9, (0, 1), lengths, system))
     assert found.tokens == system + BLOCK
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_request_that_is_admitted_takes_nothing_from_what_another_was_promised(rule):
+    """Both are admitted by one decision, which counted on what was cached before it."""
+    lengths = [BLOCK, BLOCK]
+    prefixes = _make_prefixes(rule, lengths, host_blocks=1, replicate_from=3)
+    _serve(prefixes, 0, (1,), lengths)
+    prefixes.shrink(0)
+    for number in (1, 2):
+        _serve(prefixes, number, (0,), lengths)
+    one, other = _make_view(3, (0,), lengths), _make_view(4, (1,), lengths)
+    prefixes.register(3, (0,))
+    prefixes.register(4, (1,))
+    promised = prefixes.cached(other)
+    assert promised.tokens == BLOCK
+    prefixes.hold(one)
+    assert prefixes.hold(other) == promised
