@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 from backends.corruption import Corruption
 from backends.executor import Executor
 from backends.knowledge_store import HostArena, KnowledgeStore
+from backends.kv_cache import PagedKVCache
 from backends.replica import Replica
 from backends.sampling import Sampler
 from backends.serving import warm_up, without_collections
@@ -194,17 +195,12 @@ def serve_knowledge(  # noqa: PLR0913, PLR0917  what a knowledge cache is made o
         ValueError: a policy overbooks, or leaves requests unserved.
     """
     warm_up(model, limits)
-    cache = model.new_cache(limits.num_blocks, limits.block_size)
-    cache.corrupt = corruption
     recorder = KnowledgeRecorder()
     by_id = {one.request.request_id: one for one in questions}
     feed = KnowledgeFeed(searcher, rules, tiers, by_id, recorder)
-    prefixes = tree_of(rules, tiers, limits.block_size)
-    store = host = None
-    if prefixes is not None:
-        host = HostArena(cache, tiers.host_blocks)
-        host.corrupt = corruption
-        store = KnowledgeStore(cache, prefixes, host, feed.documents_of.__getitem__, recorder)
+    cache = model.new_cache(limits.num_blocks, limits.block_size)
+    cache.corrupt = corruption
+    store = _store(cache, rules, tiers, feed, recorder)
 
     def prompt(request: Request) -> list[int]:
         generation = request.request_id
@@ -221,20 +217,37 @@ def serve_knowledge(  # noqa: PLR0913, PLR0917  what a knowledge cache is made o
             trace = replica.run(feed, start)
         finally:
             searcher.close()
-    if prefixes is not None and store is not None:
-        store.check()
-        end_s = time.perf_counter() - start
-        recorder.looked_up(prefixes.take_lookups(), end_s)
-        recorder.moved(prefixes.tree.take_moves(), end_s)
-    trace = recorder.into(trace)
+    if store is not None:
+        store.finish(time.perf_counter() - start)
+    return _answered(recorder.into(trace), replica, feed, store)
+
+
+def _store(
+    cache: PagedKVCache, rules: Rules, tiers: Tiers, feed: KnowledgeFeed,
+    recorder: KnowledgeRecorder,
+) -> KnowledgeStore | None:  # fmt: skip
+    """Both tiers, empty; None where nothing is kept."""
+    prefixes = tree_of(rules, tiers, cache.block_size)
+    if prefixes is None:
+        return None
+    host = HostArena(cache, tiers.host_blocks)
+    host.corrupt = cache.corrupt
+    return KnowledgeStore(cache, prefixes, host, feed.documents_of.__getitem__, recorder)
+
+
+def _answered(
+    trace: Trace, replica: Replica, feed: KnowledgeFeed, store: KnowledgeStore | None
+) -> Answered:
+    """What came of a run."""
     final = zip(trace.searches["request"].tolist(), trace.searches["generation"].tolist(),
                 strict=True)  # fmt: skip
+    cache = replica.cache
     return Answered(
         trace=trace,
         answers={request: replica.answers[generation] for request, generation in final},
         found=feed.found,
         kv_bytes_written=cache.written_bytes,
         kv_bytes_read=cache.read_bytes,
-        bytes_swapped_out=0 if host is None else host.bytes_out,
-        bytes_loaded=0 if host is None else host.bytes_back,
+        bytes_swapped_out=0 if store is None else store.host.bytes_out,
+        bytes_loaded=0 if store is None else store.host.bytes_back,
     )

@@ -89,7 +89,7 @@ class KnowledgeStore:
         self, cache: PagedKVCache, prefixes: KnowledgePrefixes, host: HostArena,
         documents_of: DocumentsOf, recorder: KnowledgeRecorder,
     ) -> None:  # fmt: skip
-        self._cache, self._prefixes, self._host = cache, prefixes, host
+        self._cache, self._prefixes, self.host = cache, prefixes, host
         self._documents_of, self._recorder = documents_of, recorder
         cache.keeps_order = False  # the tree knows who leaves first
         self._blocks: dict[int, list[int]] = {}
@@ -129,7 +129,7 @@ class KnowledgeStore:
         for node in missing.values():
             blocks = self._cache.take_cached(node.blocks)
             self._blocks[node.number] = blocks
-            self._host.bring(self._slots[node.number], blocks)
+            self.host.bring(self._slots[node.number], blocks)
         for request_id, nodes in self._held:
             for node in nodes:
                 if node.number in missing:
@@ -171,10 +171,11 @@ class KnowledgeStore:
         """Its documents stay cached."""
         self._prefixes.forget(sequence.request.request_id)
 
-    def flush(self) -> None:
-        """Give everything up."""
-        self._prefixes.tree.host_blocks = 0
-        self._shrink(self._cache.num_blocks)
+    def finish(self, now_s: float) -> None:
+        """Nobody comes any more: note what the last requests left, and that all is in its place."""
+        self.check()
+        self._recorder.looked_up(self._prefixes.take_lookups(), now_s)
+        self._recorder.moved(self._prefixes.tree.take_moves(), now_s)
 
     def check(self) -> None:
         """Assert that the tree and the arenas agree on what is where."""
@@ -183,7 +184,7 @@ class KnowledgeStore:
         on_host = {node.number: node.blocks for node in tree.nodes() if node.host}
         assert on_gpu == {number: len(blocks) for number, blocks in self._blocks.items()}
         assert on_host == {number: len(slots) for number, slots in self._slots.items()}
-        assert int(self._host.used.sum()) == tree.host_used
+        assert int(self.host.used.sum()) == tree.host_used
 
     def _shrink(self, wanted: int) -> None:
         """Evict until `wanted` blocks of the cache are empty, and carry the moves out."""
@@ -195,9 +196,9 @@ class KnowledgeStore:
 
     def _carry_out(self, move: Move) -> None:
         if move.kind is MoveKind.forget:
-            self._host.release(self._slots.pop(move.node))
+            self.host.release(self._slots.pop(move.node))
             return
         if move.kind in (MoveKind.swap_out, MoveKind.replicate):
-            self._slots[move.node] = self._host.keep(self._blocks[move.node])
+            self._slots[move.node] = self.host.keep(self._blocks[move.node])
         if move.kind in (MoveKind.swap_out, MoveKind.drop):
             self._cache.empty_cached(self._blocks.pop(move.node))

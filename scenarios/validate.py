@@ -88,13 +88,7 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
         raise ValueError(
             f"accept names {unknown}, which nothing judges; there are: {', '.join(ACCEPT_KEYS)}"
         )
-    for text in rest:
-        if not text.lstrip("+~").startswith(TAKEN):
-            warnings.warn(
-                f"{text} has no effect on the validation, which has its own small models and "
-                "workloads; see docs/validation.md",
-                stacklevel=2,
-            )
+    _warn_of_no_effect(rest)
     if options.corrupt is Fault.stale_block and not prefix_caching:
         raise ValueError(
             "corrupt=stale_block needs blocks that stay cached; add engine.prefix_caching=true"
@@ -123,6 +117,17 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
         study, options, policies, accept, out, prefix_caching, last.num_replicas, routings, *sizes,
         last.policy.instance_plan, tuple(last.faults), lanes, knowledge,
     )  # fmt: skip
+
+
+def _warn_of_no_effect(overrides: Sequence[str]) -> None:
+    """Say which settings of the study the validation does not take."""
+    for text in overrides:
+        if not text.lstrip("+~").startswith(TAKEN):
+            warnings.warn(
+                f"{text} has no effect on the validation, which has its own small models and "
+                "workloads; see docs/validation.md",
+                stacklevel=3,
+            )
 
 
 def _rule_names(

@@ -16,8 +16,9 @@ from sim.policies.instance_plan.base import (
 from sim.policies.routing.base import Routing
 from sim.processes.exact_time import ExactEnvironment
 from sim.processes.feed import Feed
+from sim.processes.hooks import Finished
 from sim.processes.kv_moves import Handed, HandOverLog, Mover, MoveTimes, Transport
-from sim.processes.replica import Finished, Replica
+from sim.processes.replica import Replica
 from sim.processes.router import Engines, Reports, Router, traces_of
 from sim.recorder import Choice, RouteRecorder
 from sim.requests import Request

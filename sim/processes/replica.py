@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Generator
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from simpy.events import Event
 
@@ -14,6 +14,7 @@ from sim.models.work import IterationShape
 from sim.policies.batching.base import DECODE, ONE_BY_ONE, Batch, Batching, Wake
 from sim.processes.exact_time import ExactEnvironment
 from sim.processes.feed import Feed
+from sim.processes.hooks import Copier, Finished, Inlet, News, PassOn
 from sim.processes.pace import Pace
 from sim.recorder import Recorder
 from sim.requests import Request, RequestView
@@ -21,38 +22,6 @@ from sim.state.prefixes import Prefixes
 from sim.state.replica_state import ReplicaState, Seat
 from sim.trace import State, Trace
 from sim.workload.source import Source
-
-Finished = Callable[[int, float], None]
-"""Called with (request id, instant) when a request has its last token."""
-PassOn = Callable[[Request, float], None]
-"""Called with (request, instant) when a request has its first token and goes on elsewhere."""
-
-
-class Inlet(Protocol):
-    """Where requests come in that were prefilled elsewhere."""
-
-    def take(self, replica: "Replica") -> None:
-        """Seat the requests whose KV has come, and decide whose is fetched now."""
-        ...
-
-
-class Copier(Protocol):
-    """Carries out what a knowledge cache decided with a batch, before the batch is computed."""
-
-    def copy(self, now_s: float) -> float:
-        """Note it, and return the seconds that its copies take."""
-        ...
-
-
-class News(NamedTuple):
-    """What came in after the next decision was taken, one iteration ahead."""
-
-    instant_s: float
-    apply: Callable[[], object]
-    always: bool
-    """Whether it ends every decode stretch."""
-    arrival: tuple[int, int] | None = None
-    """Request that arrived, and the tokens that it has."""
 
 
 class Replica:

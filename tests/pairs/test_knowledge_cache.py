@@ -53,8 +53,8 @@ OVERFLOWS = {MoveKind.insert, MoveKind.load, MoveKind.swap_out, MoveKind.drop, M
 def test_hits_evictions_swaps_and_bytes_are_equal_under_replay(eviction, order, overlap, batching):
     panels = knowledge.run_both(rules(eviction, order, overlap, batching), COUNT, 0, "cpu")
     assert_equal(panels, OVERFLOWS)
-    stopped = panels.real.trace.stages["stopped"]
-    assert (stopped >= 0).any() == (overlap == "speculative")
+    # Whether one is stopped for other documents depends on how fast the machine is.
+    assert overlap == "speculative" or (panels.real.trace.stages["stopped"] < 0).all()
 
 
 @lru_cache
