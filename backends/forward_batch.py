@@ -25,6 +25,19 @@ class Chunk(NamedTuple):
     """Whether the logits after the last of them are wanted; not before a prompt is complete."""
 
 
+class Begun(NamedTuple):
+    """A batch that has been decided and not been computed yet."""
+
+    instant_s: float
+    """Of its decision."""
+    chunks: list[Chunk]
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that come of it."""
+        return sum(chunk.sample for chunk in self.chunks)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBatch:
     """Rows of one forward pass, on the CPU. The first `num_decodes` rows are a sequence each."""

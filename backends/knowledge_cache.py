@@ -7,6 +7,7 @@ stages find is taken in at the boundaries of the engine.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -18,7 +19,8 @@ from backends.replica import Replica
 from backends.sampling import Sampler
 from backends.serving import warm_up, without_collections
 from sim.engine import ReplicaLimits
-from sim.generations import NONE, Generations, Question
+from sim.generations import GIVEN_UP, NONE, Generations, Question
+from sim.knowledge_mishaps import NO_MISHAPS, Mishaps
 from sim.knowledge_recorder import KnowledgeRecorder
 from sim.knowledge_rules import Rules, Tiers, tree_of
 from sim.queue_order import QueueOrder
@@ -57,8 +59,13 @@ class Searcher(Protocol):
         """What has been found and was not handed out, in order."""
         ...
 
+    @property
+    def done(self) -> bool:
+        """Whether all has been handed out."""
+        ...
+
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until something is found; False when nothing more will be."""
+        """Wait until something is found; False when the time is up or nothing more will be."""
         ...
 
     def close(self) -> None:
@@ -85,7 +92,7 @@ class Answered(NamedTuple):
 
     trace: Trace
     answers: dict[int, list[int]]
-    """Token ids of every answer, by request."""
+    """Token ids of every full answer, by request."""
     found: dict[int, list[tuple[int, ...]]]
     """Documents after each stage, by request."""
     kv_bytes_written: int
@@ -99,7 +106,7 @@ class KnowledgeFeed:
 
     def __init__(
         self, searcher: Searcher, rules: Rules, tiers: Tiers, questions: Mapping[int, Question],
-        recorder: KnowledgeRecorder,
+        recorder: KnowledgeRecorder, mishaps: Mishaps,
     ) -> None:  # fmt: skip
         self.documents_of: dict[int, tuple[int, ...]] = {}
         """By generation."""
@@ -107,8 +114,19 @@ class KnowledgeFeed:
         """The request that a generation is of."""
         self.found: dict[int, list[tuple[int, ...]]] = {one: [] for one in questions}
         self.replica: Replica | None = None
+        self.store: KnowledgeStore | None = None
         self._searcher, self._questions = searcher, questions
-        self._generations = Generations(rules.retrieval_overlap, tiers.documents)
+        self._generations = Generations(
+            rules.retrieval_overlap, tiers.documents, may_give_up=mishaps.gives_up
+        )
+        self._lost_s, self._restart_s = deque(mishaps.lost_s), mishaps.restart_s
+        self._leaves_s: deque[tuple[float, int]] = deque()
+        """When clients leave, in order, and of which requests."""
+        if mishaps.timeout_s is not None:
+            self._leaves_s.extend(
+                (one.request.arrival_s + mishaps.timeout_s, number)
+                for number, one in questions.items()
+            )
         self._order, self._recorder = QueueOrder(rules.request_order), recorder
 
     def due(self, start: float) -> tuple[float, Sequence[Request]]:
@@ -118,10 +136,13 @@ class KnowledgeFeed:
         found = self._searcher.due()
         now_s = time.perf_counter() - start
         gone: set[int] = set()
+        self._lose(replica, now_s)
         for one in found:
             question = self._seen(one)
-            if question.matters(one.stage):
+            if question.matters(one.stage) and self._generations.wants(question):
                 self._decide(replica, question, one, now_s, gone)
+        while self._leaves_s and self._leaves_s[0][0] <= now_s:
+            self._give_up(replica, self._questions[self._leaves_s.popleft()[1]], now_s, gone)
         if self._order.sorts:
             queue = self._order.arrange(replica.observe(), gone)
             if queue is not None:
@@ -129,9 +150,11 @@ class KnowledgeFeed:
         return now_s, ()
 
     def wait(self, start: float) -> bool:
-        """Wait for the next stage to end; False when all searches are over."""
-        del start
-        return self._searcher.wait()
+        """Wait for the next stage to end, or client to leave; False when all searches are over."""
+        timeout_s = None
+        if self._leaves_s:
+            timeout_s = max(self._leaves_s[0][0] - (time.perf_counter() - start), 0.0)
+        return self._searcher.wait(timeout_s) or not self._searcher.done
 
     def answered(self, request_id: int, finish_s: float) -> None:
         """Nobody waits for it to ask again."""
@@ -149,9 +172,7 @@ class KnowledgeFeed:
     ) -> None:
         pool_size = replica.num_pending
         stopped, started = self._generations.staged(question, one.stage, pool_size)
-        if stopped != NONE:
-            gone.add(stopped)
-            replica.cancel(stopped, now_s)
+        self._stop(replica, stopped, now_s, gone)
         number = NONE
         if started is not None:
             number = started.request.request_id
@@ -165,6 +186,32 @@ class KnowledgeFeed:
                 one.request_id, answer, question.request.arrival_s, one.begin_s, one.instant_s
             )  # fmt: skip
 
+    def _give_up(self, replica: Replica, question: Question, now_s: float, gone: set[int]) -> None:
+        """A client leaves, if it has no full answer."""
+        stopped = self._generations.gives_up(question, replica.knows)
+        if stopped is None:
+            return
+        pool_size = replica.num_pending
+        self._stop(replica, stopped, now_s, gone)
+        request_id = question.request.request_id
+        self._recorder.stage(request_id, GIVEN_UP, now_s, pool_size, stopped, NONE)
+
+    def _stop(self, replica: Replica, generation: int, now_s: float, gone: set[int]) -> None:
+        if generation != NONE:
+            gone.add(generation)
+            replica.cancel(generation, now_s)
+
+    def _lose(self, replica: Replica, now_s: float) -> None:
+        """Lose the KV on the device if its instant has come: who ran is computed again."""
+        if not self._lost_s or self._lost_s[0] > now_s:
+            return
+        while self._lost_s and self._lost_s[0] <= now_s:
+            self._lost_s.popleft()
+        replica.preempt(tuple(seat.request_id for seat in replica.observe().seats), now_s)
+        if self.store is not None:
+            self.store.lose(now_s)
+        time.sleep(self._restart_s)
+
 
 def serve_knowledge(  # noqa: PLR0913, PLR0917  what a knowledge cache is made of
     model: Executor,
@@ -177,6 +224,7 @@ def serve_knowledge(  # noqa: PLR0913, PLR0917  what a knowledge cache is made o
     *,
     sampler: Sampler | None = None,
     corruption: Corruption | None = None,
+    mishaps: Mishaps = NO_MISHAPS,
 ) -> Answered:
     """Warm up, then search and answer all questions; t = 0 is after the warm-up.
 
@@ -190,6 +238,7 @@ def serve_knowledge(  # noqa: PLR0913, PLR0917  what a knowledge cache is made o
         tiers: where KV of documents is kept.
         sampler: None is greedy.
         corruption: a fault to put into the KV cache.
+        mishaps: what goes wrong in mid-run.
 
     Raises:
         ValueError: a policy overbooks, or leaves requests unserved.
@@ -197,10 +246,10 @@ def serve_knowledge(  # noqa: PLR0913, PLR0917  what a knowledge cache is made o
     warm_up(model, limits)
     recorder = KnowledgeRecorder()
     by_id = {one.request.request_id: one for one in questions}
-    feed = KnowledgeFeed(searcher, rules, tiers, by_id, recorder)
+    feed = KnowledgeFeed(searcher, rules, tiers, by_id, recorder, mishaps)
     cache = model.new_cache(limits.num_blocks, limits.block_size)
     cache.corrupt = corruption
-    store = _store(cache, rules, tiers, feed, recorder)
+    feed.store = store = _store(cache, rules, tiers, feed, recorder)
 
     def prompt(request: Request) -> list[int]:
         generation = request.request_id
@@ -244,7 +293,11 @@ def _answered(
     cache = replica.cache
     return Answered(
         trace=trace,
-        answers={request: replica.answers[generation] for request, generation in final},
+        answers={
+            request: replica.answers[generation]
+            for request, generation in final
+            if generation in replica.answers
+        },
         found=feed.found,
         kv_bytes_written=cache.written_bytes,
         kv_bytes_read=cache.read_bytes,

@@ -5,6 +5,7 @@ The knowledge tree decides, from what the arenas show; here its moves are carrie
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -96,6 +97,8 @@ class KnowledgeStore:
         """By node, its blocks in the cache."""
         self._slots: dict[int, list[int]] = {}
         """By node, its blocks in the arena."""
+        self._took_s: dict[tuple[MoveKind, int], float] = {}
+        """Seconds of the copies since the last note, by kind and node."""
         self._held: list[tuple[int, list[Node]]] = []
         """Requests that got a seat and whose blocks may have to be loaded first."""
 
@@ -129,7 +132,9 @@ class KnowledgeStore:
         for node in missing.values():
             blocks = self._cache.take_cached(node.blocks)
             self._blocks[node.number] = blocks
+            begin_s = time.perf_counter()
             self.host.bring(self._slots[node.number], blocks)
+            self._took_s[MoveKind.load, node.number] = time.perf_counter() - begin_s
         for request_id, nodes in self._held:
             for node in nodes:
                 if node.number in missing:
@@ -141,8 +146,7 @@ class KnowledgeStore:
     def make_room(self, blocks: int, now_s: float) -> None:
         """Evict until so many blocks are empty; note what was decided with this batch."""
         self._shrink(blocks)
-        self._recorder.looked_up(self._prefixes.take_lookups(), now_s)
-        self._recorder.moved(self._prefixes.tree.take_moves(), now_s)
+        self._note(now_s)
 
     def store(self, sequence: Sequence) -> None:
         """Keep the documents whose blocks are full now; of two copies the first one stays."""
@@ -174,8 +178,16 @@ class KnowledgeStore:
     def finish(self, now_s: float) -> None:
         """Nobody comes any more: note what the last requests left, and that all is in its place."""
         self.check()
-        self._recorder.looked_up(self._prefixes.take_lookups(), now_s)
-        self._recorder.moved(self._prefixes.tree.take_moves(), now_s)
+        self._note(now_s)
+
+    def lose(self, now_s: float) -> None:
+        """All KV on the device is gone, and no request runs."""
+        before = len(self._prefixes.tree.moves)
+        self._prefixes.lose_gpu()
+        self._cache.lose()
+        for move in self._prefixes.tree.moves[before:]:
+            self._carry_out(move)
+        self._note(now_s)
 
     def check(self) -> None:
         """Assert that the tree and the arenas agree on what is where."""
@@ -185,6 +197,14 @@ class KnowledgeStore:
         assert on_gpu == {number: len(blocks) for number, blocks in self._blocks.items()}
         assert on_host == {number: len(slots) for number, slots in self._slots.items()}
         assert int(self.host.used.sum()) == tree.host_used
+
+    def _note(self, now_s: float) -> None:
+        """Record what was looked up and moved since the last time."""
+        self._recorder.looked_up(self._prefixes.take_lookups(), now_s)
+        moves = self._prefixes.tree.take_moves()
+        took_s = [self._took_s.get((move.kind, move.node), 0.0) for move in moves]
+        self._recorder.moved(moves, took_s, now_s)
+        self._took_s = {}
 
     def _shrink(self, wanted: int) -> None:
         """Evict until `wanted` blocks of the cache are empty, and carry the moves out."""
@@ -199,6 +219,8 @@ class KnowledgeStore:
             self.host.release(self._slots.pop(move.node))
             return
         if move.kind in (MoveKind.swap_out, MoveKind.replicate):
+            begin_s = time.perf_counter()
             self._slots[move.node] = self.host.keep(self._blocks[move.node])
+            self._took_s[move.kind, move.node] = time.perf_counter() - begin_s
         if move.kind in (MoveKind.swap_out, MoveKind.drop):
             self._cache.empty_cached(self._blocks.pop(move.node))

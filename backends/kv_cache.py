@@ -21,6 +21,9 @@ __all__ = ["CACHED", "FREE", "Corruption", "PagedKVCache"]
 
 FREE = -1
 """Owner of a block that nobody holds; also the slot of a token that is not written."""
+LOST_VALUE = 1e3
+"""What keys and values are after a loss: far from any that a model computes, and finite, as masked
+slots of a block are multiplied by zero."""
 CACHED = -2
 """Owner of a block with a cached prefix, however many requests hold it."""
 
@@ -181,6 +184,12 @@ class PagedKVCache:
         self.owner[free] = CACHED
         self.written[free] = True
         return free.tolist()
+
+    def lose(self) -> None:
+        """All keys and values are gone: what reads one that was not computed again shows it."""
+        for layer in self.layers:
+            for part in layer:
+                part.fill_(LOST_VALUE)
 
     def empty_cached(self, blocks: list[int]) -> None:
         """A cached prefix leaves these blocks.

@@ -15,9 +15,10 @@ from threading import Thread
 from typing import NamedTuple
 
 from backends.arrivals import Arrivals
+from backends.forward_batch import Begun
 from backends.kv_cache import Corruption
 from backends.parallel import Driver
-from backends.replica import Begun, Prompts, Replica
+from backends.replica import Prompts, Replica
 from backends.sampling import Sampler
 from backends.serving import Served, warm_up, without_collections
 from backends.tokenizer import request_token_ids

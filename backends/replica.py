@@ -7,7 +7,6 @@ from its own tensors: free blocks from the owners of blocks, contexts from the s
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
@@ -21,7 +20,7 @@ from backends.batch_checks import (
 )
 from backends.exchange import Exchange
 from backends.executor import Executor
-from backends.forward_batch import Chunk
+from backends.forward_batch import Begun, Chunk
 from backends.kv_cache import PagedKVCache
 from backends.observed import ObservedView, Sequence
 from backends.prompt_store import HashedPrompts, PromptStore
@@ -37,19 +36,6 @@ from sim.workload.source import Source
 
 Prompts = Callable[[Request], list[int]]
 """The token ids of a request's prompt."""
-
-
-class Begun(NamedTuple):
-    """A batch that has been decided and not been computed yet."""
-
-    instant_s: float
-    """Of its decision."""
-    chunks: list[Chunk]
-
-    @property
-    def num_sampled(self) -> int:
-        """Tokens that come of it."""
-        return sum(chunk.sample for chunk in self.chunks)
 
 
 class Replica:
@@ -167,6 +153,10 @@ class Replica:
         if self._store is not None:
             self._store.forget(sequence)
 
+    def knows(self, request_id: int) -> bool:
+        """Whether a request waits or runs."""
+        return request_id in self._known
+
     def resume(self, request_id: int, tokens: list[int]) -> None:
         """Let a request that is to come go on after tokens that a replica that died handed out."""
         self._resumed[request_id] = tokens
@@ -268,13 +258,17 @@ class Replica:
             return NOTHING_CACHED
         return self._store.cached(self._known[request.request_id])
 
-    def _seat(self, batch: Batch, now_s: float) -> None:
-        """Pre-empt, then admit."""
-        for request_id in reversed(batch.preempt):
+    def preempt(self, request_ids: tuple[int, ...], now_s: float) -> None:
+        """Drop the KV of running requests and queue them first."""
+        for request_id in reversed(request_ids):
             require_running(request_id, self._seated)
             sequence = self._seated.pop(request_id)
             self._end_stay(sequence, State.preempted, now_s)
             self.waiting.appendleft(sequence.request.view(sequence.generated))
+
+    def _seat(self, batch: Batch, now_s: float) -> None:
+        """Pre-empt, then admit."""
+        self.preempt(batch.preempt, now_s)
         for request_id in batch.admit:
             self.waiting.remove(waiting_view(request_id, self.waiting))
             sequence = self._known[request_id]

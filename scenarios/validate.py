@@ -66,8 +66,8 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
     Raises:
         ValueError: an unknown key or name, or an output folder that holds something else.
     """
+    from scenarios.validation import knowledge_time, timing
     from scenarios.validation.ask import KnowledgePlan, Plan
-    from scenarios.validation.timing import ACCEPT_KEYS
 
     families = ("batching", "routing", "cache_eviction")
     names = {family: _rule_names(family, study, overrides, config_dir) for family in families}
@@ -83,10 +83,11 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
     }
     last = list(studies_of.values())[-1]
     accept, prefix_caching = dict(last.accept), last.engine.prefix_caching
-    unknown = sorted(set(accept) - set(ACCEPT_KEYS))
+    judged = knowledge_time.ACCEPT_KEYS if retrieves(last) else timing.ACCEPT_KEYS
+    unknown = sorted(set(accept) - set(judged))
     if unknown:
         raise ValueError(
-            f"accept names {unknown}, which nothing judges; there are: {', '.join(ACCEPT_KEYS)}"
+            f"accept names {unknown}, which nothing judges; there are: {', '.join(judged)}"
         )
     _warn_of_no_effect(rest)
     if options.corrupt is Fault.stale_block and not prefix_caching:

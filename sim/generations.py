@@ -1,6 +1,6 @@
 """Requests that wait for documents, and the attempts to generate them: the same on both panels."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,8 @@ MAX_STAGES = 64
 """Stages of a search at most: generations are numbered by request and stage."""
 NONE = -1
 """Where no generation was stopped or started."""
+GIVEN_UP = -1
+"""Instead of a stage: the client of a request has left."""
 
 
 class Question(NamedTuple):
@@ -94,16 +96,28 @@ def prompt_tokens(
 class Generations:
     """Which question is being generated with which documents."""
 
-    def __init__(self, rule: RetrievalOverlap, documents: Documents) -> None:
+    def __init__(
+        self, rule: RetrievalOverlap, documents: Documents, *, may_give_up: bool = False
+    ) -> None:
         """Begin without any.
 
         Args:
             rule: decides at every stage that matters.
             documents: their lengths.
+            may_give_up: whether clients may leave before they have their answer.
         """
         self._rule = rule
         self._tokens = documents.tokens
         self._attempts: dict[int, Attempt] = {}
+        self._may_give_up = may_give_up
+        self._answers: dict[int, int] = {}
+        """Where clients may leave: the generation that answers, by request."""
+        self._left: set[int] = set()
+        """Requests whose clients left before the search was over."""
+
+    def wants(self, question: Question) -> bool:
+        """Whether anybody waits for what is found for a question."""
+        return question.request.request_id not in self._left
 
     def staged(self, question: Question, stage: int, pool_size: int) -> Decided:
         """Decide what a stage leads to."""
@@ -131,9 +145,26 @@ class Generations:
 
     def answers(self, question: Question) -> int:
         """The generation that answers a question whose search is over."""
-        return self._attempts.pop(question.request.request_id).generation
+        request_id = question.request.request_id
+        generation = self._attempts.pop(request_id).generation
+        if self._may_give_up:
+            self._answers[request_id] = generation
+        return generation
 
-    def abandon(self, question: Question) -> int:
-        """Nobody waits for the answer any more: the generation to end, or `NONE`."""
-        attempt = self._attempts.pop(question.request.request_id, None)
+    def gives_up(self, question: Question, is_pending: Callable[[int], bool]) -> int | None:
+        """A client waits no longer.
+
+        Args:
+            question: of it.
+            is_pending: whether a generation waits or runs.
+
+        Returns:
+            The generation to end, or `NONE`; None where the client has its answer already.
+        """
+        request_id = question.request.request_id
+        answer = self._answers.pop(request_id, None)
+        if answer is not None:
+            return answer if is_pending(answer) else None
+        self._left.add(request_id)
+        attempt = self._attempts.pop(request_id, None)
         return NONE if attempt is None else attempt.generation

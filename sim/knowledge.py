@@ -1,6 +1,6 @@
 """The knowledge cache of a scenario: its tiers, and the search in front of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 
 from sim.units import GIB
@@ -17,6 +17,13 @@ class Knowledge:
     replicate_from: int | None = None
     """Uses after which a document right behind the system prompt has a copy in host memory ahead
     of need, so that losing the GPU does not lose what is cached behind it; null: never."""
+    gpu_lost_s: list[float] = field(default_factory=list[float])
+    """Instants at which all KV on the GPU is lost (seconds), in order: requests that ran are
+    computed again, with what host memory still has."""
+    gpu_restart_s: float = 0.0
+    """How long nothing is computed after each of them (seconds)."""
+    timeout_s: float | None = None
+    """After so long a client without its full answer leaves (seconds); null: it waits."""
     search_cores: int = 4
     """Searches that run at once, each on a core of its own."""
     embedding_dimension: int = 1536
@@ -40,6 +47,7 @@ class Knowledge:
             raise ValueError(
                 f"knowledge.replicate_from={self.replicate_from} must be at least 1 use, or null"
             )
+        self._check_mishaps()
         if not 0 < self.searched_share <= 1:
             raise ValueError(
                 f"knowledge.searched_share={self.searched_share} must be in (0, 1]; try 0.125"
@@ -51,6 +59,21 @@ class Knowledge:
         if not (isfinite(self.stage_overhead_s) and self.stage_overhead_s >= 0):
             raise ValueError(
                 f"knowledge.stage_overhead_s={self.stage_overhead_s} must not be negative; try 1e-3"
+            )
+
+    def _check_mishaps(self) -> None:
+        lost_s = self.gpu_lost_s
+        if sorted(lost_s) != lost_s or not all(isfinite(at) and at >= 0 for at in lost_s):
+            raise ValueError(
+                f"knowledge.gpu_lost_s={lost_s} must be instants from 0 on, in order; sort them"
+            )
+        if not (isfinite(self.gpu_restart_s) and self.gpu_restart_s >= 0):
+            raise ValueError(
+                f"knowledge.gpu_restart_s={self.gpu_restart_s} must not be negative; 0 is at once"
+            )
+        if self.timeout_s is not None and not (isfinite(self.timeout_s) and self.timeout_s > 0):
+            raise ValueError(
+                f"knowledge.timeout_s={self.timeout_s} must be above 0, or null for no limit"
             )
 
     def scan_s(self, num_documents: int) -> float:

@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.knowledge_rules import TO_HOST
 from sim.state.knowledge_tree import MoveKind
 from sim.trace import Trace
 
@@ -10,7 +11,6 @@ NAMES = (
     "document_hit_share", "gpu_hit_share", "host_hit_share", "kv_bytes_swapped_out",
     "kv_bytes_loaded", "num_speculations_stopped",
 )  # fmt: skip
-TO_HOST = (MoveKind.swap_out, MoveKind.replicate)
 
 
 def knowledge_figures(trace: Trace, block_bytes: int) -> dict[str, float]:

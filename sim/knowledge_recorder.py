@@ -36,10 +36,10 @@ class KnowledgeRecorder:
         for request_id, *found in lookups:
             self._lookups.extend((request_id, instant_s, *found))
 
-    def moved(self, moves: Iterable[Move], instant_s: float) -> None:
-        """The cache took these steps."""
-        for move in moves:
-            self._moves.extend((instant_s, *move))
+    def moved(self, moves: Iterable[Move], took_s: Iterable[float], instant_s: float) -> None:
+        """The cache took these steps, each in so many seconds."""
+        for move, seconds in zip(moves, took_s, strict=True):
+            self._moves.extend((instant_s, *move, seconds))
 
     def into(self, trace: Trace) -> Trace:
         """A replica's trace with these tables."""

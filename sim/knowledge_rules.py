@@ -12,6 +12,7 @@ from sim.state.knowledge_tree import KnowledgeTree, Move, MoveKind
 from sim.workload.knowledge import Documents
 
 TO_HOST = (MoveKind.swap_out, MoveKind.replicate)
+COPIED = (*TO_HOST, MoveKind.load)
 
 
 class Rules(NamedTuple):
@@ -31,7 +32,7 @@ class Tiers(NamedTuple):
     prefill_s: Callable[[int, int], float]
     """What the eviction rule knows of a prefill's seconds, by (cached, new) tokens."""
     copy_s: Callable[[int], float]
-    """Seconds to copy so many blocks one way."""
+    """Seconds to copy the blocks of one document, so many, either way."""
     reuse: bool = True
     replicate_from: int | None = None
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from sim.generations import MAX_STAGES, prompt_tokens, questions
+from sim.knowledge_mishaps import Mishaps
 from sim.knowledge_rules import Rules, Tiers
 from sim.models.work import IterationShape
 from sim.node_choice import node_of
@@ -49,6 +50,12 @@ def tiers_of(scenario: Scenario, setup: Setup, seed: int) -> Tiers:
     )
 
 
+def mishaps_of(scenario: Scenario) -> Mishaps:
+    """What goes wrong in mid-run."""
+    knowledge = scenario.knowledge
+    return Mishaps(tuple(knowledge.gpu_lost_s), knowledge.gpu_restart_s, knowledge.timeout_s)
+
+
 def search_of(scenario: Scenario, num_documents: int) -> Search:
     """How long the searches of a scenario take."""
     knowledge = scenario.knowledge
@@ -72,7 +79,7 @@ def simulate_knowledge_seed(scenario: Scenario, setup: Setup, seed: int) -> Trac
     return simulate_knowledge(
         questions(knowledge_workload(scenario), seed, setup.max_model_tokens),
         rules_of(scenario), setup.limits, Costed(setup.cost), tiers,
-        search_of(scenario, len(tiers.documents)),
+        search_of(scenario, len(tiers.documents)), mishaps=mishaps_of(scenario),
     )  # fmt: skip
 
 

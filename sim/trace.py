@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 PREFILL, DECODE = 1, 2
 """Bits of an iteration's kind; both: a mixed iteration."""
@@ -84,8 +84,11 @@ LOOKUPS = {
     "missed_documents": "i", "gpu_tokens": "i", "host_tokens": "i",
 }  # fmt: skip
 """What a generation found cached when it was admitted for the first time."""
-MOVES = {"instant_s": "f", "kind": "i", "node": "i", "document": "i", "blocks": "i"}
-"""Steps of the knowledge cache in order: see `MoveKind`."""
+MOVES = {
+    "instant_s": "f", "kind": "i", "node": "i", "document": "i", "blocks": "i", "took_s": "f",
+}  # fmt: skip
+"""Steps of the knowledge cache in order: see `MoveKind`. They were noted at `instant_s`, with the
+batch that they were decided with; a step that copied took `took_s`."""
 RUNS = {"request": "i", "first_iteration": "i", "count": "i"}
 SPANS = {"start_s": "f", "end_s": "f", "flops": "f", "bytes": "f", "request": "i"}
 SPAN_NAMES = ("resource", "operation")

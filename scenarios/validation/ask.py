@@ -1,6 +1,5 @@
 """Asks the four questions in their order, each on both panels."""
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -8,16 +7,15 @@ from typing import NamedTuple
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from backends.calibration import Passes
 from backends.executor import Executor
 from backends.kv_cache import Corruption
 from backends.reference import Reference
 from backends.serving import open_model, require_model, use_one_thread
 from backends.transformer import Transformer
 from backends.weights import random_model
-from scenarios import calibrate
 from scenarios.tables import console
 from scenarios.validation import handed_over, knowledge, several_ranks, timing
+from scenarios.validation.calibrated import CalibratedCosts
 from scenarios.validation.decisions import exact_lines
 from scenarios.validation.failing import failing_lines
 from scenarios.validation.lanes_time import LanePanels
@@ -27,7 +25,6 @@ from scenarios.validation.routed import RoutedCase, routed_lines
 from scenarios.validation.timing import Runs
 from scenarios.validation.verdict import Line, not_run
 from sim.costs.fitted import Fitted
-from sim.costs.fitting import jitter_quantiles
 from sim.faults import Fault as PartFault
 from sim.knowledge_rules import Rules
 from sim.policies.batching.base import Batching
@@ -198,7 +195,7 @@ def timed_runs(
     sizes, seed = plan.options.sizes, plan.options.seed
     names = list(plan.policies)
     task = progress.add_task("time", total=1 + sizes.repeats * len(names))
-    costs = _Costs(plan, transformer, model)
+    costs = CalibratedCosts(plan.options, transformer, model)
     progress.advance(task)
     rate = plan.options.load * timing.capacity_per_s(
         plan.policies.values(), panels.beside(costs.cost(), plan.policies[names[0]]), panels
@@ -234,64 +231,3 @@ def timed_runs(
     }
     lines = timing.time_lines(runs, plan.accept, costs.spread(), seed)
     return runs, lines + ([] if lanes is None else lanes.iteration_lines(runs, spent, seed))
-
-
-class _Costs:
-    """Costs of the simulated panel: of a named calibration, or calibrated between the runs."""
-
-    def __init__(self, plan: Plan, transformer: Executor, model: str) -> None:
-        options = plan.options
-        self._device, self._model = options.device.value, model
-        self._path = calibrate.node_path(options.calibration, self._device)
-        self._passes = self._fit = None
-        if options.calibration is None:
-            self._passes = Passes(transformer, calibrate.planned_batches(), lambda: None)
-            self._passes.time()
-            return
-        self._fit = calibrate.stored(self._path, model, self._device)
-        if self._fit is None:
-            raise ValueError(
-                f"calibration={options.calibration} holds none of {model} on this machine; run "
-                f"`diptych calibrate weights={options.weights} out={options.calibration}`, or "
-                "leave it out"
-            )
-
-    def refresh(self, part: int, parts: int) -> None:
-        """Time a part of the planned batches once more."""
-        if self._passes is not None:
-            self._passes.time(part, parts)
-
-    def cost(self, first_pass: int = 0) -> Fitted:
-        """The cost; of a calibration between the runs, from its passes since `first_pass`.
-
-        Those before and within a repeat know how fast the machine was then.
-        """
-        if self._passes is None:
-            assert self._fit is not None
-            return Fitted(self._fit)
-        return Fitted(calibrate.fit_of(self._passes.measured(first_pass)))
-
-    def jitter(self) -> list[float]:
-        """Ratios of an iteration's seconds to their mean, of all passes; empty: not measured."""
-        if self._passes is None:
-            assert self._fit is not None
-            return self._fit.jitter
-        return jitter_quantiles(self._passes.jitter())
-
-    def spread(self) -> float:
-        """By how much the same iteration differs from itself; 0 where nothing was timed again."""
-        return 0.0 if self._passes is None else self._passes.spread()
-
-    def keep(self) -> None:
-        """Write the fit of all passes as this machine's, where there is none that holds.
-
-        The answers do not need the file: what keeps it from being written is a warning.
-        """
-        if self._passes is None:
-            return
-        try:
-            if calibrate.stored(self._path, self._model, self._device) is None:
-                fit = calibrate.fit_of(self._passes.measured(), self._passes.jitter())
-                calibrate.write(fit, self._model, self._device, self._path)
-        except (ValueError, OSError) as error:
-            warnings.warn(f"the calibration was not kept: {error}", stacklevel=2)

@@ -13,10 +13,14 @@ from backends.serving import open_model, require_model
 from backends.tokenizer import Tokenizer
 from scenarios.tables import console
 from scenarios.validation import knowledge_cases as cases
+from scenarios.validation import knowledge_time
 from scenarios.validation.decisions import FLOAT32_BYTES, decision_line, stopped_lines
+from scenarios.validation.knowledge_cases import Case
 from scenarios.validation.numbers import judge_answers, number_lines
 from scenarios.validation.options import Fault, Question
+from scenarios.validation.timing import Runs
 from scenarios.validation.verdict import Line, judge_exact, not_run
+from sim.knowledge_mishaps import NO_MISHAPS, Mishaps
 from sim.knowledge_rules import Rules, copied_blocks
 from sim.models.architecture import Architecture
 from sim.models.parameters import kv_bytes_per_token
@@ -28,11 +32,10 @@ from sim.work_done import work_done
 
 if TYPE_CHECKING:
     from scenarios.validation.ask import Plan
-    from scenarios.validation.timing import Runs
 
 REQUESTS_PER_DECISION = 10
 """Requests are short here, so that so many times the usual number is asked for."""
-NOT_COMPARED = ("instant_s",)
+NOT_COMPARED = ("instant_s", "took_s")
 """Of tables that are compared: a panel may note a step later than it decided it."""
 
 
@@ -43,17 +46,18 @@ class KnowledgePanels(NamedTuple):
     simulated: Trace
 
 
-def answer(plan: "Plan") -> "tuple[list[Line], dict[str, Runs]]":
-    """The lines of the questions that were asked; no runs are timed.
+def answer(plan: "Plan") -> tuple[list[Line], dict[str, Runs]]:
+    """The lines of the questions that were asked, and the timed runs by what is kept.
 
     Raises:
         ValueError: a model that is not there, before anything is run.
     """
     asked, knowledge = set(plan.options.only), plan.knowledge
     assert knowledge is not None, "asked of studies that retrieve"
-    if Question.numbers in asked:
+    if asked & {Question.numbers, Question.time}:
         require_model(plan.options.weights, plan.options.device.value)
     lines: list[Line] = []
+    runs: dict[str, Runs] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console(errors=True), transient=True) as progress:
         if asked & {Question.decisions, Question.bytes}:
@@ -64,9 +68,10 @@ def answer(plan: "Plan") -> "tuple[list[Line], dict[str, Runs]]":
                 progress.advance(task)
         if Question.numbers in asked:
             lines += _numbers(plan, knowledge.rules, progress)
-    if Question.time in asked:
-        lines.append(not_run(Question.time, "the time of a knowledge cache is not compared yet"))
-    return lines, {}
+        if Question.time in asked:
+            runs, timed = knowledge_time.timed_runs(plan, progress)
+            lines += timed
+    return lines, runs
 
 
 def exact_lines(name: str, rules: Rules, plan: "Plan") -> list[Line]:
@@ -76,7 +81,9 @@ def exact_lines(name: str, rules: Rules, plan: "Plan") -> list[Line]:
     fault = options.corrupt
     corruption = None if fault is Fault.none else Corruption(kind=fault.value, index=count // 20)
     try:
-        panels = run_both(rules, count, options.seed, options.device.value, corruption)
+        panels = run_both(
+            rules, cases.tiny(count, options.seed), options.seed, options.device.value, corruption
+        )
     except ValueError as error:
         return stopped_lines(name, error)
     architecture = open_model("random", "cpu")[1].config
@@ -96,20 +103,20 @@ TABLES = {
 
 
 def run_both(
-    rules: Rules, num_requests: int, seed: int, device: str, corruption: Corruption | None = None
-) -> KnowledgePanels:
+    rules: Rules, case: Case, seed: int, device: str, corruption: Corruption | None = None,
+    mishaps: Mishaps = NO_MISHAPS,
+) -> KnowledgePanels:  # fmt: skip
     """Search and answer for real, then replay the logged instants on the simulated panel."""
-    case = cases.tiny(num_requests, seed)
     model = open_model("random", device)[1]
     texts = case.texts(model.config.vocab_size, seed)
     real = serve_knowledge(
         model, case.questions, case.searcher(), texts, rules, case.limits, case.tiers,
-        corruption=corruption,
+        corruption=corruption, mishaps=mishaps,
     )  # fmt: skip
     return KnowledgePanels(real, replay(real.trace, rules, case))
 
 
-def replay(real: Trace, rules: Rules, case: "cases.Case") -> Trace:
+def replay(real: Trace, rules: Rules, case: Case) -> Trace:
     """Decide again at a real trace's instants, about documents found by a search of its own."""
     return simulate_knowledge(
         iter(case.questions), rules, case.limits, Replayed.of(real), case.tiers,

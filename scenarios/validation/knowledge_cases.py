@@ -4,7 +4,7 @@ Documents are found twice by a search in stages: once here, for the simulated pa
 the background of the real one. Both must find the same, or decisions differ.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,10 +34,16 @@ LIMITS = ReplicaLimits(max_num_seqs=6, max_num_batched_tokens=512, block_size=16
 HOST_BLOCKS = 90
 """Both tiers overflow: 200 documents of three blocks in pairs, against 48 and 90 blocks."""
 RATE_PER_S = 300.0
+TIMED_DOCUMENTS = 60
+TIMED_LIMITS = ReplicaLimits(4, 256, 16, num_blocks=64)
+TIMED_HOST_BLOCKS = 60
 CONTEXT = 256
+"""That no request of the skewed cases exceeds."""
 READABLE_TOKENS = 60
 """Of a passage of the readable case, about."""
 NUM_PASSAGES = 20
+
+Estimate = Callable[[int, int], float]
 
 
 class Case(NamedTuple):
@@ -51,8 +57,12 @@ class Case(NamedTuple):
     """Of every question, [questions, dimension]."""
     system_tokens: int
 
-    def searcher(self) -> Searcher:
-        """A search in the background, at the arrival of each question."""
+    def searcher(self, stage_s: float = 0.0) -> Searcher:
+        """A search in the background, at the arrival of each question.
+
+        Args:
+            stage_s: a stage takes at least so long.
+        """
         return SearchPool(
             self.search,
             [
@@ -61,6 +71,17 @@ class Case(NamedTuple):
                     zip(self.questions, self.embedded, strict=True)
                 )
             ],
+            stage_s=stage_s,
+        )
+
+    def paced(self, rate_per_s: float) -> "Case":
+        """The same questions, arriving at another mean rate."""
+        scale = len(self.questions) / self.questions[-1].request.arrival_s / rate_per_s
+        return self._replace(
+            questions=[
+                one._replace(request=one.request._replace(arrival_s=scale * one.request.arrival_s))
+                for one in self.questions
+            ]
         )
 
     def texts(self, vocabulary: int, seed: int) -> Texts:
@@ -84,7 +105,25 @@ def estimated_s(cached_tokens: int, new_tokens: int) -> float:
 
 def tiny(num_requests: int, seed: int) -> Case:
     """Thousands of short requests of a skewed popularity, which overflow both tiers."""
-    corpus = generated(seed, NUM_DOCUMENTS, WORDS)
+    return _skewed(num_requests, seed, NUM_DOCUMENTS, LIMITS, HOST_BLOCKS, estimated_s)
+
+
+def timed(num_requests: int, seed: int, prefill_s: Estimate) -> Case:
+    """Requests of the same kind about fewer documents, for runs that are timed.
+
+    Args:
+        num_requests: how many.
+        seed: of corpus, popularity and arrivals.
+        prefill_s: what the rules know of a prefill's seconds, by (cached, new) tokens.
+    """
+    return _skewed(num_requests, seed, TIMED_DOCUMENTS, TIMED_LIMITS, TIMED_HOST_BLOCKS, prefill_s)
+
+
+def _skewed(
+    num_requests: int, seed: int, num_documents: int, limits: ReplicaLimits, host_blocks: int,
+    prefill_s: Estimate,
+) -> Case:  # fmt: skip
+    corpus = generated(seed, num_documents, WORDS)
     lengths = [min(len(text.split()), 2 * WORDS) for text in corpus.texts]
     asked = _popular(num_requests, len(corpus), seed)
     gaps_s = generator(seed, "arrivals").standard_exponential(num_requests) / RATE_PER_S
@@ -93,7 +132,7 @@ def tiny(num_requests: int, seed: int) -> Case:
     return Case(
         _questions(search, embedded, np.cumsum(gaps_s), documents, [QUESTION_TOKENS] * num_requests,
                    OUTPUT_TOKENS),
-        LIMITS, Tiers(documents, HOST_BLOCKS, estimated_s, lambda blocks: 0.0), search, embedded,
+        limits, Tiers(documents, host_blocks, prefill_s, lambda blocks: 0.0), search, embedded,
         SYSTEM_TOKENS,
     )  # fmt: skip
 

@@ -6,22 +6,25 @@ copies between host and GPU that it needs; nothing is computed meanwhile.
 """
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from heapq import heapify, heapreplace
+from math import nan
 from typing import Any, NamedTuple
 
 from simpy.events import Event
 
 from sim.engine import ReplicaLimits
-from sim.generations import NONE, Generations, Question
+from sim.generations import GIVEN_UP, NONE, Generations, Question
+from sim.knowledge_mishaps import NO_MISHAPS, Mishaps
 from sim.knowledge_recorder import KnowledgeRecorder
-from sim.knowledge_rules import Rules, Tiers, copied_blocks, tree_of
+from sim.knowledge_rules import COPIED, Rules, Tiers, tree_of
 from sim.processes.exact_time import ExactEnvironment
 from sim.processes.pace import Pace
 from sim.processes.replica import Replica
 from sim.queue_order import QueueOrder
 from sim.state.knowledge_prefixes import KnowledgePrefixes
+from sim.state.knowledge_tree import Move, MoveKind
 from sim.trace import Trace
 
 
@@ -42,9 +45,11 @@ class StageLog(NamedTuple):
     """When another run took note of what its searches found, for replay."""
 
     rows: list[tuple[int, int, float]]
-    """(request, stage, instant) in order."""
+    """(request, stage or `GIVEN_UP`, instant) in order."""
     spans_s: dict[int, tuple[float, float]]
-    """Begin and end of the search of each request."""
+    """Begin and end of the search of each request whose client waited for it."""
+    lost_s: list[float]
+    """When KV on the GPU was lost."""
 
     @classmethod
     def of(cls, trace: Trace) -> "StageLog":
@@ -52,11 +57,12 @@ class StageLog(NamedTuple):
         stages = (trace.stages[name].tolist() for name in ("request", "stage", "instant_s"))
         searches = (trace.searches[name].tolist() for name in ("request", "begin_s", "end_s"))
         spans = {request: (begin, end) for request, begin, end in zip(*searches, strict=True)}
-        return cls(list(zip(*stages, strict=True)), spans)
+        lost = trace.moves["kind"] == MoveKind.lose
+        return cls(list(zip(*stages, strict=True)), spans, trace.moves["instant_s"][lost].tolist())
 
 
 class Found(NamedTuple):
-    """A stage of a search has ended."""
+    """A stage of a search has ended, or its client has left (`GIVEN_UP`)."""
 
     question: Question
     stage: int
@@ -69,64 +75,122 @@ class KnowledgeCache:
     """Stands between the searches and the replica: its inlet, and its copier."""
 
     def __init__(
-        self, rules: Rules, tiers: Tiers, prefixes: KnowledgePrefixes | None, *,
+        self, rules: Rules, tiers: Tiers, prefixes: KnowledgePrefixes | None, mishaps: Mishaps, *,
         replays: bool = False,
     ) -> None:  # fmt: skip
         self.recorder = KnowledgeRecorder()
         self.news: deque[Found] = deque()
+        self.lost = False
+        """Whether KV on the GPU is gone since the last boundary."""
         self._prefixes, self._tiers, self._replays = prefixes, tiers, replays
-        self._generations = Generations(rules.retrieval_overlap, tiers.documents)
+        self._restart_s = 0.0 if replays else mishaps.restart_s
+        self._owed_s = 0.0
+        """What the next batch waits for beside its own copies."""
+        self._generations = Generations(
+            rules.retrieval_overlap, tiers.documents, may_give_up=replays or mishaps.gives_up
+        )
         self._order = QueueOrder(rules.request_order)
 
     def take(self, replica: Replica) -> None:
         """At a boundary: start and stop generations as the stages of searches ask for it."""
-        state, now = replica.state, replica.environment.now
         gone: set[int] = set()
+        if self.lost:
+            self._lose(replica)
         while self.news:
             found = self.news.popleft()
-            pool_size = len(state.waiting) + state.num_prefilling
-            stopped, started = self._generations.staged(found.question, found.stage, pool_size)
-            if stopped != NONE:
-                gone.add(stopped)
-                replica.cancel(stopped)
-            if started is not None:
-                if self._prefixes is not None:
-                    self._prefixes.register(started.request.request_id, started.documents)
-                replica.submit(started.request)
-            number = NONE if started is None else started.request.request_id
-            request = found.question.request
-            self.recorder.stage(
-                request.request_id, found.stage, now, pool_size, stopped, number
-            )  # fmt: skip
-            if found.stage == found.question.last_stage:
-                answer = self._generations.answers(found.question)
-                self.recorder.search(
-                    request.request_id, answer, request.arrival_s, found.begin_s, found.end_s
-                )  # fmt: skip
-        queue = self._order.arrange(state, gone)
+            if found.stage == GIVEN_UP:
+                self._give_up(replica, found.question, gone)
+            elif self._generations.wants(found.question):
+                self._decide(replica, found, gone)
+        queue = self._order.arrange(replica.state, gone)
         if queue is not None:
-            state.waiting = queue
+            replica.state.waiting = queue
 
     def copy(self, now_s: float) -> float:
         """Note what the cache decided with a batch; seconds until its blocks are as they must be.
 
         What leaves goes first, as what comes takes its blocks.
         """
+        owed_s, self._owed_s = self._owed_s, 0.0
+        return owed_s + self._note(now_s)
+
+    def _decide(self, replica: Replica, found: Found, gone: set[int]) -> None:
+        """A stage has ended: stop and start what it asks for."""
+        question, now = found.question, replica.environment.now
+        pool_size = _pool_size(replica)
+        stopped, started = self._generations.staged(question, found.stage, pool_size)
+        self._stop(replica, stopped, gone)
+        number = NONE
+        if started is not None:
+            number = started.request.request_id
+            if self._prefixes is not None:
+                self._prefixes.register(number, started.documents)
+            replica.submit(started.request)
+        request = question.request
+        self.recorder.stage(request.request_id, found.stage, now, pool_size, stopped, number)
+        if found.stage == question.last_stage:
+            answer = self._generations.answers(question)
+            self.recorder.search(
+                request.request_id, answer, request.arrival_s, found.begin_s, found.end_s
+            )  # fmt: skip
+
+    def _give_up(self, replica: Replica, question: Question, gone: set[int]) -> None:
+        """A client leaves, if it has no full answer."""
+        stopped = self._generations.gives_up(question, replica.state.knows)
+        if stopped is None:
+            return
+        now, pool_size = replica.environment.now, _pool_size(replica)
+        self._stop(replica, stopped, gone)
+        self.recorder.stage(
+            question.request.request_id, GIVEN_UP, now, pool_size, stopped, NONE
+        )  # fmt: skip
+
+    def _stop(self, replica: Replica, generation: int, gone: set[int]) -> None:
+        if generation != NONE:
+            gone.add(generation)
+            replica.cancel(generation)
+
+    def _lose(self, replica: Replica) -> None:
+        """All KV on the GPU is gone: who ran is computed again."""
+        self.lost = False
+        replica.preempt(tuple([seat.request.request_id for seat in replica.state.seats()]))
+        if self._prefixes is not None:
+            self._prefixes.lose_gpu()
+        self._owed_s += self._restart_s + self._note(replica.environment.now)
+
+    def _note(self, now_s: float) -> float:
+        """Record what was looked up and moved since the last time; seconds of the copies."""
         if self._prefixes is None:
             return 0.0
         self.recorder.looked_up(self._prefixes.take_lookups(), now_s)
         moves = self._prefixes.tree.take_moves()
-        self.recorder.moved(moves, now_s)
-        if self._replays or not moves:
+        if not moves:
             return 0.0
-        return sum([self._tiers.copy_s(blocks) for blocks in copied_blocks(moves) if blocks])
+        took_s = [self._took_s(move) for move in moves]
+        self.recorder.moved(moves, took_s, now_s)
+        return sum(took_s)
+
+    def _took_s(self, move: Move) -> float:
+        """Seconds of one step; under replay the log of the iterations has them."""
+        copies = move.kind in COPIED and move.blocks and not self._replays
+        return self._tiers.copy_s(move.blocks) if copies else 0.0
+
+
+def _pool_size(replica: Replica) -> int:
+    """Prefills that are pending."""
+    return len(replica.state.waiting) + replica.state.num_prefilling
 
 
 class Searches:
     """Searches of all questions, on cores that they take in order of arrival."""
 
-    def __init__(self, replica: Replica, cache: KnowledgeCache, search: Search) -> None:
-        self._replica, self._cache, self._search = replica, cache, search
+    def __init__(
+        self, replica: Replica, cache: KnowledgeCache, search: Search, mishaps: Mishaps
+    ) -> None:
+        self._replica, self._cache = replica, cache
+        self._search, self._timeout_s = search, mishaps.timeout_s
+        for instant_s in mishaps.lost_s:
+            self._at(instant_s, self._lose)
 
     def run(self, questions: Iterator[Question]) -> Generator[Event, Any, None]:
         """Let questions arrive and be searched."""
@@ -137,25 +201,36 @@ class Searches:
             arrival_s = question.request.arrival_s
             if arrival_s > environment.now:
                 yield environment.arrival(arrival_s)
+            if self._timeout_s is not None:
+                left_s = arrival_s + self._timeout_s
+                self._at(left_s, partial(self._find, Found(question, GIVEN_UP, arrival_s, left_s)))
             begin_s = end_s = max(arrival_s, free_s[0])
             stage_s = self._search.stage_s(len(question.stages))
             for stage in range(len(question.stages)):
                 end_s += stage_s
                 if question.matters(stage):
-                    self._ends(Found(question, stage, begin_s, end_s), end_s)
+                    self._at(end_s, partial(self._find, Found(question, stage, begin_s, end_s)))
             heapreplace(free_s, end_s)
 
     def replay(self, questions: Iterator[Question], log: StageLog) -> None:
         """Let stages end when another run took note of them."""
         by_id = {one.request.request_id: one for one in questions}
+        for instant_s in log.lost_s:
+            self._at(instant_s, self._lose)
         for request_id, stage, instant_s in log.rows:
-            self._ends(Found(by_id[request_id], stage, *log.spans_s[request_id]), instant_s)
+            span_s = log.spans_s.get(request_id, (nan, nan))
+            self._at(instant_s, partial(self._find, Found(by_id[request_id], stage, *span_s)))
 
-    def _ends(self, found: Found, instant_s: float) -> None:
+    def _at(self, instant_s: float, happen: Callable[[Event], None]) -> None:
         event = self._replica.environment.arrival(instant_s)
-        event.callbacks = [partial(self._tell, found)]
+        event.callbacks = [happen]
 
-    def _tell(self, found: Found, event: Event) -> None:
+    def _lose(self, event: Event) -> None:
+        del event
+        self._cache.lost = True
+        self._replica.notice(_nothing)
+
+    def _find(self, found: Found, event: Event) -> None:
         del event
         self._cache.news.append(found)
         self._replica.notice(_nothing)
@@ -174,6 +249,7 @@ def simulate_knowledge(  # noqa: PLR0913, PLR0917  what a knowledge cache is mad
     search: Search,
     log: StageLog | None = None,
     *,
+    mishaps: Mishaps = NO_MISHAPS,
     one_by_one: bool = False,
 ) -> Trace:
     """Search and answer all questions on one replica.
@@ -186,6 +262,7 @@ def simulate_knowledge(  # noqa: PLR0913, PLR0917  what a knowledge cache is mad
         tiers: where KV of documents is kept.
         search: how long searches take.
         log: when another run took note of its searches, for replay; None: as `search` says.
+        mishaps: what goes wrong in mid-run; with a log, its instants count instead.
         one_by_one: ask the batching rule at every iteration, also where its decision stands.
 
     Raises:
@@ -193,12 +270,14 @@ def simulate_knowledge(  # noqa: PLR0913, PLR0917  what a knowledge cache is mad
     """
     environment = ExactEnvironment()
     prefixes = tree_of(rules, tiers, limits.block_size)
-    cache = KnowledgeCache(rules, tiers, prefixes, replays=log is not None)
+    if log is not None:
+        mishaps = NO_MISHAPS
+    cache = KnowledgeCache(rules, tiers, prefixes, mishaps, replays=log is not None)
     replica = Replica(
         environment, rules.batching, limits, pace,
         one_by_one=one_by_one, inlet=cache, prefixes=prefixes, copier=cache,
     )  # fmt: skip
-    searches = Searches(replica, cache, search)
+    searches = Searches(replica, cache, search, mishaps)
     if log is None:
         environment.process(searches.run(questions))
     else:

@@ -192,6 +192,11 @@ class Replica:
         else:
             self.recorder.event(request_id, self.environment.now, State.cancelled)
 
+    def preempt(self, request_ids: tuple[int, ...]) -> None:
+        """At a boundary: drop the KV of running requests and queue them first."""
+        for seat, count in self.state.preempt(request_ids):
+            self._ended(seat, count, State.preempted)
+
     def die(self) -> dict[int, int]:
         """End for ever, now, before any boundary of this instant: what is under way is lost.
 
@@ -260,8 +265,7 @@ class Replica:
     def _apply(self, batch: Batch) -> IterationShape:
         """Move requests as the batch says; returns the work of the iteration."""
         state, now = self.state, self.environment.now
-        for seat, count in state.preempt(batch.preempt):
-            self._ended(seat, count, State.preempted)
+        self.preempt(batch.preempt)
         for request_id in batch.admit:
             self.recorder.reused(request_id, state.admit(request_id))
             self.recorder.event(request_id, now, State.admitted)

@@ -43,6 +43,8 @@ class MoveKind(IntEnum):
     """Its copy in host memory is given up."""
     replicate = 6
     """Copied from the GPU into host memory ahead of need; its blocks stay."""
+    lose = 7
+    """All KV on the GPU is gone; what that leads to follows. It is of no node."""
 
 
 class Move(NamedTuple):
@@ -181,6 +183,7 @@ class KnowledgeTree:
         for node in lost:
             if node.pins:
                 raise ValueError(f"node {node.number} is held; pre-empt its {node.pins} requests")
+        self.moves.append(Move(MoveKind.lose, -1, -1, 0))
         for node in lost:
             self._exit_gpu(node)
             self._move(MoveKind.drop, node)

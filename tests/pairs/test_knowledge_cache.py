@@ -12,12 +12,18 @@ from scenarios.validation import knowledge, knowledge_cases
 from scenarios.validation.ask import KnowledgePlan, Plan
 from scenarios.validation.options import Fault, Options, Question
 from scenarios.validation.verdict import Verdict
+from sim.generations import GIVEN_UP
+from sim.knowledge_mishaps import Mishaps
 from sim.knowledge_rules import Rules
 from sim.policies.registry import policies
 from sim.state.knowledge_tree import MoveKind
 from sim.trace import State
 
 COUNT = 200
+
+
+def tiny():
+    return knowledge_cases.tiny(COUNT, 0)
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +57,7 @@ OVERFLOWS = {MoveKind.insert, MoveKind.load, MoveKind.swap_out, MoveKind.drop, M
     [("fcfs", "none", "continuous"), ("cache_aware", "speculative", "chunked_prefill")],
 )
 def test_hits_evictions_swaps_and_bytes_are_equal_under_replay(eviction, order, overlap, batching):
-    panels = knowledge.run_both(rules(eviction, order, overlap, batching), COUNT, 0, "cpu")
+    panels = knowledge.run_both(rules(eviction, order, overlap, batching), tiny(), 0, "cpu")
     assert_equal(panels, OVERFLOWS)
     # Whether one is stopped for other documents depends on how fast the machine is.
     assert overlap == "speculative" or (panels.real.trace.stages["stopped"] < 0).all()
@@ -103,9 +109,9 @@ def test_a_seeded_fault_is_caught(fault):
 
 
 def test_a_copy_that_is_dropped_shows_in_the_bytes():
-    whole = knowledge.run_both(rules(), COUNT, 0, "cpu")
+    whole = knowledge.run_both(rules(), tiny(), 0, "cpu")
     case = Corruption(kind="drop_copy", index=0)
-    broken = knowledge.run_both(rules(), COUNT, 0, "cpu", case)
+    broken = knowledge.run_both(rules(), tiny(), 0, "cpu", case)
     config = open_model("random", "cpu")[1].config
 
     def missed(panels):
@@ -117,29 +123,45 @@ def test_a_copy_that_is_dropped_shows_in_the_bytes():
 
 
 def test_without_a_host_tier_nothing_is_copied():
-    case = knowledge_cases.tiny(COUNT, 0)
-    model = open_model("random", "cpu")[1]
-    tiers = case.tiers._replace(host_blocks=0)
-    real = serve_knowledge(
-        model, case.questions, case.searcher(), case.texts(model.config.vocab_size, 0), rules(),
-        case.limits, tiers,
-    )  # fmt: skip
-    panels = knowledge.KnowledgePanels(
-        real, knowledge.replay(real.trace, rules(), case._replace(tiers=tiers))
-    )
+    case = tiny()
+    case = case._replace(tiers=case.tiers._replace(host_blocks=0))
+    panels = knowledge.run_both(rules(), case, 0, "cpu")
     assert_equal(panels, {MoveKind.insert, MoveKind.drop})
-    assert real.bytes_loaded == real.bytes_swapped_out == 0
+    assert panels.real.bytes_loaded == panels.real.bytes_swapped_out == 0
+
+
+def replicating():
+    case = tiny()
+    return case._replace(tiers=case.tiers._replace(replicate_from=3))
 
 
 def test_hot_documents_are_replicated_alike():
-    case = knowledge_cases.tiny(COUNT, 0)
-    model = open_model("random", "cpu")[1]
-    tiers = case.tiers._replace(replicate_from=3)
-    real = serve_knowledge(
-        model, case.questions, case.searcher(), case.texts(model.config.vocab_size, 0), rules(),
-        case.limits, tiers,
-    )  # fmt: skip
-    panels = knowledge.KnowledgePanels(
-        real, knowledge.replay(real.trace, rules(), case._replace(tiers=tiers))
-    )
-    assert_equal(panels, {MoveKind.replicate})
+    assert_equal(knowledge.run_both(rules(), replicating(), 0, "cpu"), {MoveKind.replicate})
+
+
+@pytest.mark.parametrize("overlap", ["none", "speculative"])
+def test_a_lost_gpu_tier_and_clients_that_leave_are_decided_alike(overlap):
+    mishaps = Mishaps(lost_s=(0.05, 0.25), restart_s=0.02, timeout_s=0.1)
+    panels = knowledge.run_both(rules(overlap=overlap), replicating(), 0, "cpu", mishaps=mishaps)
+    assert_equal(panels, {MoveKind.lose, MoveKind.replicate})
+    trace = panels.real.trace
+    assert (trace.stages["stage"] == GIVEN_UP).any()
+    assert (trace.moves["kind"] == MoveKind.lose).sum() == 2
+
+
+def test_no_token_is_wrong_after_the_gpu_tier_is_lost():
+    mishaps = Mishaps(lost_s=(0.05, 0.25, 0.4))
+    panels = knowledge.run_both(rules("lru"), replicating(), 1, "cpu", mishaps=mishaps)
+    plain = knowledge.run_both(rules("lru"), replicating()._replace(), 1, "cpu")
+    assert panels.real.answers == plain.real.answers
+
+
+def test_what_a_client_left_behind_holds_nothing():
+    case = tiny()
+    mishaps = Mishaps(timeout_s=0.02)
+    panels = knowledge.run_both(rules(overlap="speculative"), case, 0, "cpu", mishaps=mishaps)
+    trace = panels.real.trace
+    left = trace.stages["request"][trace.stages["stage"] == GIVEN_UP]
+    assert len(left)
+    assert not np.isin(left, list(panels.real.answers)).any()
+    assert len(panels.real.answers) + len(left) == COUNT
