@@ -22,6 +22,7 @@ from backends.inbox import Inbox
 from backends.instance_timing import InstanceTiming
 from backends.instances import DecodeSide, PrefillSide
 from backends.kv_link import Receiver, Sender
+from backends.processes import process_context
 from backends.ranks import join, require_ranks
 from backends.replica import Replica
 from backends.replica_processes import Processes, ReplicaSpec, Report
@@ -165,7 +166,7 @@ def _pipes(first: Sequence[int], second: Sequence[int]) -> dict[int, Ends]:
     ends: dict[int, Ends] = {number: {} for number in (*first, *second)}
     for one in first:
         for other in second:
-            ends[one][other], ends[other][one] = multiprocessing.get_context("spawn").Pipe()
+            ends[one][other], ends[other][one] = process_context().Pipe()
     return ends
 
 

@@ -23,6 +23,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from backends.collectives import BACKEND
 from backends.heartbeat import Heartbeat, TCPStore, beats, wants_processor
+from backends.processes import START_METHOD, process_context
 
 SILENT_S = 6.0
 """A rank that has not beaten for so long, and waits for no processor, has stopped."""
@@ -67,7 +68,10 @@ def run_ranks(
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="diptych-ranks-") as folder:
         job = _Job(work, arguments, size, store.port, Path(folder), device)
-        context: Any = start_processes(_rank, (job,), nprocs=size, join=False, start_method="spawn")
+        process_context()
+        context: Any = start_processes(
+            _rank, (job,), nprocs=size, join=False, start_method=START_METHOD
+        )
         try:
             _Supervisor(context.processes, store, Path(folder)).wait()
         finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import pickle
 import time
 import traceback
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple, Self
 
 from backends.corruption import Corruption
 from backends.inbox import Inbox
+from backends.processes import process_context
 from backends.serving import use_one_thread
 from sim.engine import ReplicaLimits
 from sim.faults import Fault
@@ -88,7 +88,7 @@ class Processes:
 
     def _start(self, spec: ReplicaSpec, number: int) -> tuple[Connection, Any]:
         """Start a process that loads and warms up."""
-        context = multiprocessing.get_context("spawn")
+        context = process_context()
         near, far = context.Pipe()
         files = [str(path) for path in user_files()]
         arguments = (far, number, files, pickle.dumps(spec), self._work, self.inbox)
