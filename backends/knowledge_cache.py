@@ -19,10 +19,10 @@ from backends.replica import Replica
 from backends.sampling import Sampler
 from backends.serving import warm_up, without_collections
 from sim.engine import ReplicaLimits
-from sim.generations import GIVEN_UP, NONE, Generations, Question
+from sim.generations import GIVEN_UP, LOST, NONE, Generations, Question
 from sim.knowledge_mishaps import NO_MISHAPS, Mishaps
 from sim.knowledge_recorder import KnowledgeRecorder
-from sim.knowledge_rules import Rules, Tiers, tree_of
+from sim.knowledge_rules import Rules, Tiers, loses, tree_of
 from sim.queue_order import QueueOrder
 from sim.requests import Request
 from sim.trace import Trace
@@ -139,7 +139,8 @@ class KnowledgeFeed:
         self._lose(replica, now_s)
         for one in found:
             question = self._seen(one)
-            if question.matters(one.stage) and self._generations.wants(question):
+            matters = self._generations.matters(question, one.stage)
+            if matters and self._generations.wants(question):
                 self._decide(replica, question, one, now_s, gone)
         while self._leaves_s and self._leaves_s[0][0] <= now_s:
             self._give_up(replica, self._questions[self._leaves_s.popleft()[1]], now_s, gone)
@@ -207,9 +208,14 @@ class KnowledgeFeed:
             return
         while self._lost_s and self._lost_s[0] <= now_s:
             self._lost_s.popleft()
-        replica.preempt(tuple(seat.request_id for seat in replica.observe().seats), now_s)
-        if self.store is not None:
-            self.store.lose(now_s)
+        running = tuple(seat.request_id for seat in replica.observe().seats)
+        store = self.store
+        if not loses(len(running), None if store is None else store.prefixes):
+            return
+        self._recorder.stage(NONE, LOST, now_s, replica.num_pending, NONE, NONE)
+        replica.preempt(running, now_s)
+        if store is not None:
+            store.lose(now_s)
         time.sleep(self._restart_s)
 
 

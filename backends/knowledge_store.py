@@ -90,7 +90,7 @@ class KnowledgeStore:
         self, cache: PagedKVCache, prefixes: KnowledgePrefixes, host: HostArena,
         documents_of: DocumentsOf, recorder: KnowledgeRecorder,
     ) -> None:  # fmt: skip
-        self._cache, self._prefixes, self.host = cache, prefixes, host
+        self._cache, self.prefixes, self.host = cache, prefixes, host
         self._documents_of, self._recorder = documents_of, recorder
         cache.keeps_order = False  # the tree knows who leaves first
         self._blocks: dict[int, list[int]] = {}
@@ -105,17 +105,17 @@ class KnowledgeStore:
     def submitted(self, sequence: Sequence) -> None:
         """Note the documents of a generation."""
         request_id = sequence.request.request_id
-        self._prefixes.register(request_id, self._documents_of(request_id))
+        self.prefixes.register(request_id, self._documents_of(request_id))
 
     def cached(self, sequence: Sequence) -> CachedPrefix:
         """The leading documents that are in a tier; loading them takes blocks of the cache."""
-        return self._prefixes.cached(sequence.request.view(sequence.generated))
+        return self.prefixes.cached(sequence.request.view(sequence.generated))
 
     def hold(self, sequence: Sequence) -> int:
         """Hold them; what is in host memory is loaded by `load`."""
         request_id = sequence.request.request_id
-        found = self._prefixes.hold(sequence.request.view(sequence.generated))
-        nodes = list(self._prefixes.held_nodes(request_id))
+        found = self.prefixes.hold(sequence.request.view(sequence.generated))
+        nodes = list(self.prefixes.held_nodes(request_id))
         for node in nodes:
             self._cache.count_holder(self._blocks.get(node.number, []))
         self._held.append((request_id, nodes))
@@ -151,11 +151,11 @@ class KnowledgeStore:
     def store(self, sequence: Sequence) -> None:
         """Keep the documents whose blocks are full now; of two copies the first one stays."""
         request_id = sequence.request.request_id
-        first = len(self._prefixes.held_nodes(request_id))
-        before = len(self._prefixes.tree.moves)
-        self._prefixes.store(request_id, sequence.computed)
-        moves = self._prefixes.tree.moves[before:]
-        nodes = self._prefixes.held_nodes(request_id)
+        first = len(self.prefixes.held_nodes(request_id))
+        before = len(self.prefixes.tree.moves)
+        self.prefixes.store(request_id, sequence.computed)
+        moves = self.prefixes.tree.moves[before:]
+        nodes = self.prefixes.held_nodes(request_id)
         at = sum(node.blocks for node in nodes[:first])
         for node in nodes[first:]:
             known = self._blocks.get(node.number)
@@ -169,11 +169,11 @@ class KnowledgeStore:
         """Keep what is complete, and hold it no longer."""
         if sequence.computed:
             self.store(sequence)
-        self._prefixes.release(sequence.request.request_id)
+        self.prefixes.release(sequence.request.request_id)
 
     def forget(self, sequence: Sequence) -> None:
         """Its documents stay cached."""
-        self._prefixes.forget(sequence.request.request_id)
+        self.prefixes.forget(sequence.request.request_id)
 
     def finish(self, now_s: float) -> None:
         """Nobody comes any more: note what the last requests left, and that all is in its place."""
@@ -181,17 +181,17 @@ class KnowledgeStore:
         self._note(now_s)
 
     def lose(self, now_s: float) -> None:
-        """All KV on the device is gone, and no request runs."""
-        before = len(self._prefixes.tree.moves)
-        self._prefixes.lose_gpu()
+        """All KV on the device is gone; no request runs any more."""
+        before = len(self.prefixes.tree.moves)
+        self.prefixes.lose_gpu()
         self._cache.lose()
-        for move in self._prefixes.tree.moves[before:]:
+        for move in self.prefixes.tree.moves[before:]:
             self._carry_out(move)
         self._note(now_s)
 
     def check(self) -> None:
         """Assert that the tree and the arenas agree on what is where."""
-        tree = self._prefixes.tree
+        tree = self.prefixes.tree
         on_gpu = {node.number: node.blocks for node in tree.nodes() if node.gpu}
         on_host = {node.number: node.blocks for node in tree.nodes() if node.host}
         assert on_gpu == {number: len(blocks) for number, blocks in self._blocks.items()}
@@ -200,17 +200,17 @@ class KnowledgeStore:
 
     def _note(self, now_s: float) -> None:
         """Record what was looked up and moved since the last time."""
-        self._recorder.looked_up(self._prefixes.take_lookups(), now_s)
-        moves = self._prefixes.tree.take_moves()
+        self._recorder.looked_up(self.prefixes.take_lookups(), now_s)
+        moves = self.prefixes.tree.take_moves()
         took_s = [self._took_s.get((move.kind, move.node), 0.0) for move in moves]
         self._recorder.moved(moves, took_s, now_s)
         self._took_s = {}
 
     def _shrink(self, wanted: int) -> None:
         """Evict until `wanted` blocks of the cache are empty, and carry the moves out."""
-        tree = self._prefixes.tree
+        tree = self.prefixes.tree
         before = len(tree.moves)
-        self._prefixes.shrink(self._cache.free_blocks - wanted)
+        self.prefixes.shrink(self._cache.free_blocks - wanted)
         for move in tree.moves[before:]:
             self._carry_out(move)
 

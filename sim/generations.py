@@ -16,6 +16,8 @@ NONE = -1
 """Where no generation was stopped or started."""
 GIVEN_UP = -1
 """Instead of a stage: the client of a request has left."""
+LOST = -2
+"""Instead of a stage, of no request: KV on the GPU is gone."""
 
 
 class Question(NamedTuple):
@@ -33,10 +35,9 @@ class Question(NamedTuple):
         """The stage after which the search is over."""
         return len(self.stages) - 1
 
-    def matters(self, stage: int) -> bool:
-        """Whether a stage has changed the documents or is the last; only these are decided on."""
-        before = self.stages[stage - 1] if stage else ()
-        return stage == self.last_stage or self.stages[stage] != before
+    def changed(self, stage: int) -> bool:
+        """Whether a stage has changed the documents."""
+        return not stage or self.stages[stage] != self.stages[stage - 1]
 
 
 def questions(workload: KnowledgeWorkload, seed: int, max_model_tokens: int) -> Iterator[Question]:
@@ -114,6 +115,12 @@ class Generations:
         """Where clients may leave: the generation that answers, by request."""
         self._left: set[int] = set()
         """Requests whose clients left before the search was over."""
+
+    def matters(self, question: Question, stage: int) -> bool:
+        """Whether a stage is decided on: the last one is, and one that changed the documents."""
+        if stage == len(question.stages) - 1:
+            return True
+        return self._rule.decides_early and question.changed(stage)
 
     def wants(self, question: Question) -> bool:
         """Whether anybody waits for what is found for a question."""

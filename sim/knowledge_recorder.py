@@ -38,8 +38,8 @@ class KnowledgeRecorder:
 
     def moved(self, moves: Iterable[Move], took_s: Iterable[float], instant_s: float) -> None:
         """The cache took these steps, each in so many seconds."""
-        for move, seconds in zip(moves, took_s, strict=True):
-            self._moves.extend((instant_s, *move, seconds))
+        rows = zip(moves, took_s, strict=True)
+        self._moves.extend([each for move, one_s in rows for each in (instant_s, *move, one_s)])
 
     def into(self, trace: Trace) -> Trace:
         """A replica's trace with these tables."""

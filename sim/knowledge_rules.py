@@ -50,6 +50,11 @@ def tree_of(rules: Rules, tiers: Tiers, block_size: int) -> KnowledgePrefixes | 
     )
 
 
+def loses(num_running: int, prefixes: KnowledgePrefixes | None) -> bool:
+    """Whether anything is lost when the KV on the GPU is; if not, nothing is noted."""
+    return bool(num_running or (prefixes is not None and prefixes.tree.gpu_used))
+
+
 def copied_blocks(moves: Iterable[Move]) -> tuple[int, int]:
     """Blocks that are copied to the host, and from it."""
     out = back = 0

@@ -78,7 +78,8 @@ STAGES = {
     "started": "i",
 }  # fmt: skip
 """What stages of searches led to: the generation that was stopped and the one that was started, or
--1. The engine took note at `instant_s`, with so many prefills pending."""
+-1. The engine took note at `instant_s`, with so many prefills pending. Stage -1: the client of the
+request has left; -2, of no request (-1): all KV on the GPU was lost."""
 LOOKUPS = {
     "request": "i", "instant_s": "f", "gpu_documents": "i", "host_documents": "i",
     "missed_documents": "i", "gpu_tokens": "i", "host_tokens": "i",

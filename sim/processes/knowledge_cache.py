@@ -6,25 +6,25 @@ copies between host and GPU that it needs; nothing is computed meanwhile.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
-from heapq import heapify, heapreplace
+from heapq import heappop, heappush, heapreplace
 from math import nan
 from typing import Any, NamedTuple
 
 from simpy.events import Event
 
 from sim.engine import ReplicaLimits
-from sim.generations import GIVEN_UP, NONE, Generations, Question
+from sim.generations import GIVEN_UP, LOST, NONE, Generations, Question
 from sim.knowledge_mishaps import NO_MISHAPS, Mishaps
 from sim.knowledge_recorder import KnowledgeRecorder
-from sim.knowledge_rules import COPIED, Rules, Tiers, tree_of
+from sim.knowledge_rules import COPIED, Rules, Tiers, loses, tree_of
 from sim.processes.exact_time import ExactEnvironment
 from sim.processes.pace import Pace
 from sim.processes.replica import Replica
 from sim.queue_order import QueueOrder
 from sim.state.knowledge_prefixes import KnowledgePrefixes
-from sim.state.knowledge_tree import Move, MoveKind
+from sim.state.knowledge_tree import Move
 from sim.trace import Trace
 
 
@@ -45,11 +45,9 @@ class StageLog(NamedTuple):
     """When another run took note of what its searches found, for replay."""
 
     rows: list[tuple[int, int, float]]
-    """(request, stage or `GIVEN_UP`, instant) in order."""
+    """(request, stage or `GIVEN_UP` or `LOST`, instant) in order."""
     spans_s: dict[int, tuple[float, float]]
     """Begin and end of the search of each request whose client waited for it."""
-    lost_s: list[float]
-    """When KV on the GPU was lost."""
 
     @classmethod
     def of(cls, trace: Trace) -> "StageLog":
@@ -57,8 +55,7 @@ class StageLog(NamedTuple):
         stages = (trace.stages[name].tolist() for name in ("request", "stage", "instant_s"))
         searches = (trace.searches[name].tolist() for name in ("request", "begin_s", "end_s"))
         spans = {request: (begin, end) for request, begin, end in zip(*searches, strict=True)}
-        lost = trace.moves["kind"] == MoveKind.lose
-        return cls(list(zip(*stages, strict=True)), spans, trace.moves["instant_s"][lost].tolist())
+        return cls(list(zip(*stages, strict=True)), spans)
 
 
 class Found(NamedTuple):
@@ -71,6 +68,10 @@ class Found(NamedTuple):
     """Of the search up to this stage."""
 
 
+class Lost(NamedTuple):
+    """KV on the GPU is gone."""
+
+
 class KnowledgeCache:
     """Stands between the searches and the replica: its inlet, and its copier."""
 
@@ -79,14 +80,13 @@ class KnowledgeCache:
         replays: bool = False,
     ) -> None:  # fmt: skip
         self.recorder = KnowledgeRecorder()
-        self.news: deque[Found] = deque()
-        self.lost = False
-        """Whether KV on the GPU is gone since the last boundary."""
+        self.news: deque[Found | Lost] = deque()
+        """What happened since the last boundary, in order."""
         self._prefixes, self._tiers, self._replays = prefixes, tiers, replays
         self._restart_s = 0.0 if replays else mishaps.restart_s
         self._owed_s = 0.0
         """What the next batch waits for beside its own copies."""
-        self._generations = Generations(
+        self.generations = Generations(
             rules.retrieval_overlap, tiers.documents, may_give_up=replays or mishaps.gives_up
         )
         self._order = QueueOrder(rules.request_order)
@@ -94,13 +94,13 @@ class KnowledgeCache:
     def take(self, replica: Replica) -> None:
         """At a boundary: start and stop generations as the stages of searches ask for it."""
         gone: set[int] = set()
-        if self.lost:
-            self._lose(replica)
         while self.news:
             found = self.news.popleft()
-            if found.stage == GIVEN_UP:
+            if isinstance(found, Lost):
+                self._lose(replica)
+            elif found.stage == GIVEN_UP:
                 self._give_up(replica, found.question, gone)
-            elif self._generations.wants(found.question):
+            elif self.generations.wants(found.question):
                 self._decide(replica, found, gone)
         queue = self._order.arrange(replica.state, gone)
         if queue is not None:
@@ -118,7 +118,7 @@ class KnowledgeCache:
         """A stage has ended: stop and start what it asks for."""
         question, now = found.question, replica.environment.now
         pool_size = _pool_size(replica)
-        stopped, started = self._generations.staged(question, found.stage, pool_size)
+        stopped, started = self.generations.staged(question, found.stage, pool_size)
         self._stop(replica, stopped, gone)
         number = NONE
         if started is not None:
@@ -129,14 +129,14 @@ class KnowledgeCache:
         request = question.request
         self.recorder.stage(request.request_id, found.stage, now, pool_size, stopped, number)
         if found.stage == question.last_stage:
-            answer = self._generations.answers(question)
+            answer = self.generations.answers(question)
             self.recorder.search(
                 request.request_id, answer, request.arrival_s, found.begin_s, found.end_s
             )  # fmt: skip
 
     def _give_up(self, replica: Replica, question: Question, gone: set[int]) -> None:
         """A client leaves, if it has no full answer."""
-        stopped = self._generations.gives_up(question, replica.state.knows)
+        stopped = self.generations.gives_up(question, replica.state.knows)
         if stopped is None:
             return
         now, pool_size = replica.environment.now, _pool_size(replica)
@@ -152,11 +152,15 @@ class KnowledgeCache:
 
     def _lose(self, replica: Replica) -> None:
         """All KV on the GPU is gone: who ran is computed again."""
-        self.lost = False
-        replica.preempt(tuple([seat.request.request_id for seat in replica.state.seats()]))
+        running = tuple([seat.request.request_id for seat in replica.state.seats()])
+        if not loses(len(running), self._prefixes):
+            return
+        now, pool_size = replica.environment.now, _pool_size(replica)
+        self.recorder.stage(NONE, LOST, now, pool_size, NONE, NONE)
+        replica.preempt(running)
         if self._prefixes is not None:
             self._prefixes.lose_gpu()
-        self._owed_s += self._restart_s + self._note(replica.environment.now)
+        self._owed_s += self._restart_s + self._note(now)
 
     def _note(self, now_s: float) -> float:
         """Record what was looked up and moved since the last time; seconds of the copies."""
@@ -190,50 +194,68 @@ class Searches:
         self._replica, self._cache = replica, cache
         self._search, self._timeout_s = search, mishaps.timeout_s
         for instant_s in mishaps.lost_s:
-            self._at(instant_s, self._lose)
+            self._at(instant_s, Lost())
 
     def run(self, questions: Iterator[Question]) -> Generator[Event, Any, None]:
-        """Let questions arrive and be searched."""
-        environment = self._replica.environment
+        """Tell the replica of every stage that matters when it ends."""
+        environment, notice = self._replica.environment, self._replica.notice
+        news = self._cache.news
+        for instant_s, found in _in_time(self._found(questions)):
+            if instant_s > environment.now:
+                yield environment.arrival(instant_s)
+            news.append(found)
+            notice(_nothing)
+
+    def _found(self, questions: Iterator[Question]) -> Iterator[tuple[float, list[Found]]]:
+        """The arrival of each question, and what comes of it later."""
         free_s = [0.0] * self._search.cores
-        heapify(free_s)
+        matters, timeout_s = self._cache.generations.matters, self._timeout_s
         for question in questions:
             arrival_s = question.request.arrival_s
-            if arrival_s > environment.now:
-                yield environment.arrival(arrival_s)
-            if self._timeout_s is not None:
-                left_s = arrival_s + self._timeout_s
-                self._at(left_s, partial(self._find, Found(question, GIVEN_UP, arrival_s, left_s)))
+            found: list[Found] = []
+            if timeout_s is not None:
+                found.append(Found(question, GIVEN_UP, arrival_s, arrival_s + timeout_s))
             begin_s = end_s = max(arrival_s, free_s[0])
             stage_s = self._search.stage_s(len(question.stages))
             for stage in range(len(question.stages)):
                 end_s += stage_s
-                if question.matters(stage):
-                    self._at(end_s, partial(self._find, Found(question, stage, begin_s, end_s)))
+                if matters(question, stage):
+                    found.append(Found(question, stage, begin_s, end_s))
             heapreplace(free_s, end_s)
+            yield arrival_s, found
 
     def replay(self, questions: Iterator[Question], log: StageLog) -> None:
         """Let stages end when another run took note of them."""
         by_id = {one.request.request_id: one for one in questions}
-        for instant_s in log.lost_s:
-            self._at(instant_s, self._lose)
         for request_id, stage, instant_s in log.rows:
+            if stage == LOST:
+                self._at(instant_s, Lost())
+                continue
             span_s = log.spans_s.get(request_id, (nan, nan))
-            self._at(instant_s, partial(self._find, Found(by_id[request_id], stage, *span_s)))
+            self._at(instant_s, Found(by_id[request_id], stage, *span_s))
 
-    def _at(self, instant_s: float, happen: Callable[[Event], None]) -> None:
+    def _at(self, instant_s: float, news: Found | Lost) -> None:
         event = self._replica.environment.arrival(instant_s)
-        event.callbacks = [happen]
+        event.callbacks = [partial(self._tell, news)]
 
-    def _lose(self, event: Event) -> None:
+    def _tell(self, news: Found | Lost, event: Event) -> None:
         del event
-        self._cache.lost = True
+        self._cache.news.append(news)
         self._replica.notice(_nothing)
 
-    def _find(self, found: Found, event: Event) -> None:
-        del event
-        self._cache.news.append(found)
-        self._replica.notice(_nothing)
+
+def _in_time(found: Iterator[tuple[float, list[Found]]]) -> Iterator[tuple[float, Found]]:
+    """What comes of all questions in order of time, of one instant in order of the questions."""
+    count, ahead = 0, list[tuple[float, int, Found]]()
+    for arrival_s, later in found:
+        while ahead and ahead[0][0] < arrival_s:
+            instant_s, _, one = heappop(ahead)
+            yield instant_s, one
+        for one in later:
+            heappush(ahead, (one.end_s, count, one))
+            count += 1
+    for instant_s, _, one in sorted(ahead):
+        yield instant_s, one
 
 
 def _nothing() -> None:

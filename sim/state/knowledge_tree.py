@@ -43,8 +43,6 @@ class MoveKind(IntEnum):
     """Its copy in host memory is given up."""
     replicate = 6
     """Copied from the GPU into host memory ahead of need; its blocks stay."""
-    lose = 7
-    """All KV on the GPU is gone; what that leads to follows. It is of no node."""
 
 
 class Move(NamedTuple):
@@ -54,6 +52,11 @@ class Move(NamedTuple):
     node: int
     document: int
     blocks: int
+
+
+Entry = tuple[float, int, int, Node]
+"""Of a heap of those that may leave a tier: priority, last use, number of the entry, node. It is
+void once any of it, or whether the node may leave, has changed."""
 
 
 class KnowledgeTree:
@@ -77,6 +80,7 @@ class KnowledgeTree:
         """
         self.root = Node(-1, None, 0, 0)
         self.root.gpu = True
+        self.root.pins = 1  # it never leaves
         self.host_blocks, self.host_used = host_blocks, 0
         self.num_nodes = 0
         self.unheld = 0
@@ -88,7 +92,8 @@ class KnowledgeTree:
         self._copies = 0
         """Host blocks of nodes that are on the GPU as well: they stay."""
         self._uses = self._offers = 0
-        self._heaps: dict[Tier, list[tuple[float, int, int, Node]]] = {tier: [] for tier in Tier}
+        self._on_gpu: list[Entry] = []
+        self._on_host: list[Entry] = []
 
     def node(self, parent: Node, document: int, blocks: int) -> Node:
         """The node of a document behind another one, made if it was never used."""
@@ -167,7 +172,10 @@ class KnowledgeTree:
         """
         given_up = 0
         while self.unheld > max(room, 0):
-            node = self._pop(Tier.gpu)
+            entry = heappop(self._on_gpu)
+            if not _leaves_gpu(entry):
+                continue
+            node = entry[3]
             self._rule.evicted(Tier.gpu, node.gpu_priority)
             self._leave_gpu(node)
             given_up += node.blocks
@@ -183,7 +191,6 @@ class KnowledgeTree:
         for node in lost:
             if node.pins:
                 raise ValueError(f"node {node.number} is held; pre-empt its {node.pins} requests")
-        self.moves.append(Move(MoveKind.lose, -1, -1, 0))
         for node in lost:
             self._exit_gpu(node)
             self._move(MoveKind.drop, node)
@@ -286,9 +293,11 @@ class KnowledgeTree:
         if blocks > self.host_blocks - self._copies:
             return False
         while self.host_used + blocks > self.host_blocks:
-            node = self._pop(Tier.host)
-            self._rule.evicted(Tier.host, node.host_priority)
-            self._exit_host(node)
+            entry = heappop(self._on_host)
+            if not _leaves_host(entry):
+                continue
+            self._rule.evicted(Tier.host, entry[3].host_priority)
+            self._exit_host(entry[3])
         return True
 
     def _forget_below(self, node: Node) -> None:
@@ -299,43 +308,43 @@ class KnowledgeTree:
         for one in reversed(below[1:]):
             self._exit_host(one)
 
-    def _leaf_of(self, node: Node) -> Tier | None:
-        """The tier that a node may leave now, if any."""
-        if node.pins or node is self.root:
-            return None
-        if node.gpu:
-            return None if node.gpu_children else Tier.gpu
-        return Tier.host if node.host and not node.cached_children else None
-
     def _offer(self, node: Node) -> None:
-        """Put a node among those that may leave, if it may."""
-        tier = self._leaf_of(node)
-        if tier is None:
+        """Put a node among those that may leave the tier that it is in, if it may."""
+        if node.pins:
             return
-        heap = self._heaps[tier]
+        if node.gpu:
+            if node.gpu_children:
+                return
+            heap, priority = self._on_gpu, node.gpu_priority
+        elif node.host and not node.cached_children:
+            heap, priority = self._on_host, node.host_priority
+        else:
+            return
         self._offers += 1  # no two entries are equal, so that nodes are never compared
-        heappush(heap, (self._priority(node, tier), node.last_use, self._offers, node))
+        heappush(heap, (priority, node.last_use, self._offers, node))
         if len(heap) > 64 + 4 * self.num_nodes:
-            heap[:] = [entry for entry in heap if self._stands(entry, tier)]
+            stands = _leaves_gpu if heap is self._on_gpu else _leaves_host
+            heap[:] = [entry for entry in heap if stands(entry)]
             heapify(heap)
 
-    def _pop(self, tier: Tier) -> Node:
-        """The node that leaves a tier first."""
-        heap = self._heaps[tier]
-        while True:
-            entry = heappop(heap)
-            if self._stands(entry, tier):
-                return entry[3]
 
-    def _stands(self, entry: tuple[float, int, int, Node], tier: Tier) -> bool:
-        """Whether an entry of the heap still says how things are."""
-        priority, last_use, _, node = entry
-        return (
-            self._leaf_of(node) is tier
-            and node.last_use == last_use
-            and self._priority(node, tier) == priority
-        )
+def _leaves_gpu(entry: Entry) -> bool:
+    """Whether an entry of the GPU's heap still says how things are."""
+    priority, last_use, _, node = entry
+    return (
+        node.gpu
+        and not (node.pins or node.gpu_children)
+        and node.last_use == last_use
+        and node.gpu_priority == priority
+    )
 
-    @staticmethod
-    def _priority(node: Node, tier: Tier) -> float:
-        return node.gpu_priority if tier is Tier.gpu else node.host_priority
+
+def _leaves_host(entry: Entry) -> bool:
+    """Whether an entry of the host's heap still says how things are."""
+    priority, last_use, _, node = entry
+    return (
+        node.host
+        and not (node.gpu or node.pins or node.cached_children)
+        and node.last_use == last_use
+        and node.host_priority == priority
+    )

@@ -12,7 +12,7 @@ from scenarios.validation import knowledge, knowledge_cases
 from scenarios.validation.ask import KnowledgePlan, Plan
 from scenarios.validation.options import Fault, Options, Question
 from scenarios.validation.verdict import Verdict
-from sim.generations import GIVEN_UP
+from sim.generations import GIVEN_UP, LOST
 from sim.knowledge_mishaps import Mishaps
 from sim.knowledge_rules import Rules
 from sim.policies.registry import policies
@@ -143,10 +143,10 @@ def test_hot_documents_are_replicated_alike():
 def test_a_lost_gpu_tier_and_clients_that_leave_are_decided_alike(overlap):
     mishaps = Mishaps(lost_s=(0.05, 0.25), restart_s=0.02, timeout_s=0.1)
     panels = knowledge.run_both(rules(overlap=overlap), replicating(), 0, "cpu", mishaps=mishaps)
-    assert_equal(panels, {MoveKind.lose, MoveKind.replicate})
+    assert_equal(panels, {MoveKind.replicate})
     trace = panels.real.trace
     assert (trace.stages["stage"] == GIVEN_UP).any()
-    assert (trace.moves["kind"] == MoveKind.lose).sum() == 2
+    assert (trace.stages["stage"] == LOST).sum() == 2
 
 
 def test_no_token_is_wrong_after_the_gpu_tier_is_lost():

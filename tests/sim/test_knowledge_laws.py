@@ -10,7 +10,8 @@ from serving_cases import POLICIES, Grid, PromptSeconds, assert_equal_traces
 
 from sim.decision_rows import canonical, expand
 from sim.engine import ReplicaLimits
-from sim.generations import Question, prompt_tokens
+from sim.generations import GIVEN_UP, LOST, Question, prompt_tokens
+from sim.knowledge_mishaps import NO_MISHAPS, Mishaps
 from sim.knowledge_rules import Rules, Tiers
 from sim.metrics import request_times
 from sim.policies.registry import policies
@@ -38,6 +39,7 @@ class _Case(NamedTuple):
     tiers: Tiers
     search: Search
     step_s: float
+    mishaps: Mishaps = NO_MISHAPS
 
 
 def _make_rules(eviction="pgdsf", order=None, overlap=None, batching="continuous"):
@@ -90,14 +92,24 @@ def _cases(draw):
         draw(st.sampled_from(BATCHING)),
     )
     search = Search(step_s, draw(st.sampled_from([0.0, step_s])), draw(st.integers(1, 3)))
-    return _Case(questions, rules, limits, tiers, search, step_s)
+    lost_s = draw(st.lists(st.integers(0, 40), max_size=2).map(sorted))
+    mishaps = Mishaps(
+        tuple(0.25 * one for one in lost_s), draw(st.sampled_from([0.0, 0.3])),
+        draw(st.sampled_from([None, None, 0.7, 2.5])),
+    )  # fmt: skip
+    return _Case(questions, rules, limits, tiers, search, step_s, mishaps)
 
 
 def _run(case, *, pace=None, log=None, one_by_one=False):
     return simulate_knowledge(
         iter(case.questions), case.rules, case.limits, pace or Costed(Grid(case.step_s)),
-        case.tiers, case.search, log, one_by_one=one_by_one,
+        case.tiers, case.search, log, mishaps=case.mishaps, one_by_one=one_by_one,
     )  # fmt: skip
+
+
+def _left(trace):
+    """Requests whose clients left."""
+    return set(trace.stages["request"][trace.stages["stage"] == GIVEN_UP].tolist())
 
 
 def _rows(table, *, instants=True):
@@ -109,15 +121,22 @@ def _rows(table, *, instants=True):
 def test_every_question_is_answered_once_and_not_before_its_search_is_over(case):
     trace = _run(case)
     count = len(case.questions)
-    assert sorted(trace.searches["request"].tolist()) == list(range(count))
+    left = _left(trace)
+    assert case.mishaps.gives_up or not left
+    searched = trace.searches["request"].tolist()
+    assert len(searched) == len(set(searched))
+    assert set(searched) | left == set(range(count))
     ended = {
         state: trace.events["request"][trace.events["state"] == state].tolist()
         for state in (State.finished, State.cancelled)
     }
     answers = trace.searches["generation"].tolist()
+    wanted = {answer for request, answer in zip(searched, answers, strict=True)
+              if request not in left}  # fmt: skip
     assert len(ended[State.finished]) == len(set(ended[State.finished]))
-    assert set(answers) <= set(ended[State.finished])
-    assert not set(answers) & set(ended[State.cancelled])
+    assert wanted <= set(ended[State.finished])
+    assert set(answers) - wanted <= set(ended[State.cancelled])
+    assert not wanted & set(ended[State.cancelled])
     started = trace.stages["started"][trace.stages["started"] >= 0].tolist()
     assert sorted(started) == sorted(trace.requests["request"].tolist())
     times = request_times(trace)
@@ -134,9 +153,10 @@ def test_blocks_are_conserved_and_all_are_free_or_cached_once_everyone_has_left(
     trace = _run(case)
     free, cached = trace.decisions["free_blocks"], trace.decisions["cached_blocks"]
     assert ((cached >= 0) & (cached <= free) & (free <= case.limits.num_blocks)).all()
-    last = int(np.flatnonzero(trace.decisions["instant_s"] >= LATE_S)[0])
-    assert free[last] == case.limits.num_blocks
-    assert trace.decisions["context_tokens"][last] == 0
+    late = np.flatnonzero(trace.decisions["instant_s"] >= LATE_S)
+    assert len(late) or case.questions[-1].request.request_id in _left(trace)
+    assert (free[late[:1]] == case.limits.num_blocks).all()
+    assert (trace.decisions["context_tokens"][late[:1]] == 0).all()
     on_gpu = on_host = 0
     arrives = (MoveKind.insert, MoveKind.load)
     for kind, blocks in zip(
@@ -176,7 +196,10 @@ def test_the_same_run_gives_the_same_bytes(case):
 @settings(max_examples=100, deadline=None)
 @given(case=_cases())
 def test_replay_at_its_own_instants_decides_the_same(case):
-    case = case._replace(tiers=case.tiers._replace(copy_s=lambda blocks: 0.0))
+    case = case._replace(
+        tiers=case.tiers._replace(copy_s=lambda blocks: 0.0),
+        mishaps=case.mishaps._replace(restart_s=0.0),
+    )
     trace = _run(case, one_by_one=True)
     again = _run(case, pace=Replayed.of(trace), log=StageLog.of(trace), one_by_one=True)
     assert expand(again) == expand(trace)
@@ -185,17 +208,25 @@ def test_replay_at_its_own_instants_decides_the_same(case):
         assert rows[0] == rows[1], table
 
 
-def _lone_ttft_s(rows, lengths, *, num_blocks, host_blocks=99, overlap=None, search=None):
-    """TTFT of questions that never meet, at 1 s a token and 0.1 + 0.2 s a block copied."""
+def _lone_ttft_s(rows, lengths, **given):
+    """TTFT of questions that never meet; see `_lone_times`."""
+    return _lone_times(rows, lengths, **given).ttft_s.tolist()
+
+
+def _lone_times(
+    rows, lengths, *, num_blocks, host_blocks=99, overlap=None, search=None, mishaps=NO_MISHAPS,
+    replicate_from=None,
+):  # fmt: skip
+    """Questions that never meet, at 1 s a prefilled token and 0.1 + 0.2 s a block copied."""
     documents = Documents(np.array(lengths))
     tiers = Tiers(documents, host_blocks, lambda cached, new: 1.0 * new,
-                  lambda blocks: 0.1 + 0.2 * blocks)  # fmt: skip
+                  lambda blocks: 0.1 + 0.2 * blocks, replicate_from=replicate_from)  # fmt: skip
     trace = simulate_knowledge(
         iter(_make_questions(rows, documents)), _make_rules(overlap=overlap),
         ReplicaLimits(4, 999, BLOCK, num_blocks), Costed(PromptSeconds(1.0)), tiers,
-        search or Search(1.0, 0.5, 4),
+        search or Search(1.0, 0.5, 4), mishaps=mishaps,
     )  # fmt: skip
-    return request_times(trace).ttft_s.tolist()
+    return request_times(trace)
 
 
 def test_ttft_of_lone_requests_in_closed_form():
@@ -211,6 +242,23 @@ def test_ttft_of_lone_requests_in_closed_form():
     # Without host memory nothing is copied, and what has left is computed again.
     found = _lone_ttft_s(rows, [8, 8], num_blocks=4, host_blocks=0)
     assert found == pytest.approx([miss_s, gpu_hit_s, miss_s, miss_s])
+
+
+def test_ttft_after_a_loss_in_closed_form():
+    rows = [(100 * at, 3, 1, [(0,), (0,)]) for at in range(3)]
+    search_s, copy_s = 1.0 + 2 * 0.5, 0.1 + 0.2 * 2
+    miss_s, gpu_hit_s = search_s + 11, search_s + 3
+    lost = Mishaps(lost_s=(150.0,))
+    found = _lone_ttft_s(rows, [8], num_blocks=4, mishaps=lost)
+    assert found == pytest.approx([miss_s, gpu_hit_s, miss_s])
+    # With a copy ahead of need, made before the second one's prefill, only a copy is needed.
+    found = _lone_ttft_s(rows, [8], num_blocks=4, mishaps=lost, replicate_from=1)
+    assert found == pytest.approx([miss_s, gpu_hit_s + copy_s, gpu_hit_s + copy_s])
+    # A loss takes effect after the iteration: its token is there, all else is computed again.
+    times = _lone_times([(0, 3, 4, [(0,), (0,)])], [8], num_blocks=4,
+                        mishaps=Mishaps(lost_s=(7.0,), restart_s=5.0))  # fmt: skip
+    assert times.ttft_s == pytest.approx([miss_s])
+    assert times.e2e_s == pytest.approx([miss_s + 5 + 12])
 
 
 def test_a_search_waits_for_a_core():
@@ -231,7 +279,7 @@ def test_a_right_guess_saves_the_rest_of_the_search_or_the_prefill(scan_s, token
 
 
 def test_the_random_loads_do_hit_swap_forget_stop_and_pre_empt():
-    seen = dict.fromkeys([*MoveKind, "stopped", "preempted"], 0)
+    seen = dict.fromkeys([*MoveKind, "stopped", "preempted", "left", "lost"], 0)
 
     @settings(max_examples=150, deadline=None, derandomize=True)
     @given(case=_cases())
@@ -240,6 +288,8 @@ def test_the_random_loads_do_hit_swap_forget_stop_and_pre_empt():
         for kind in MoveKind:
             seen[kind] += int((trace.moves["kind"] == kind).sum())
         seen["stopped"] += int((trace.stages["stopped"] >= 0).sum())
+        seen["left"] += len(_left(trace))
+        seen["lost"] += int((trace.stages["stage"] == LOST).sum())
         seen["preempted"] += int((trace.events["state"] == State.preempted).sum())
 
     count()

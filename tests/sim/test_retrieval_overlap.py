@@ -100,16 +100,25 @@ def test_generations_are_numbered_by_request_and_stage_and_have_the_prompt_of_th
     assert last.stopped == 3 * MAX_STAGES
     assert last.started.request == question.request._replace(request_id=3 * MAX_STAGES + 2)
     assert generations.answers(question) == 3 * MAX_STAGES + 2
-    assert generations.abandon(question) == NONE
 
 
-def test_a_question_that_nobody_waits_for_ends_its_generation():
-    generations = Generations(Speculative(), DOCUMENTS)
+def test_a_client_that_leaves_ends_its_generation():
     question = _make_question(A, B)
-    generations.staged(question, 0, 0)
-    assert generations.abandon(question) == 3 * MAX_STAGES
-    assert generations.abandon(question) == NONE
-    assert generations.staged(question, 1, 0).stopped == NONE
+    for staged, ends in ((0, NONE), (1, 3 * MAX_STAGES), (2, 3 * MAX_STAGES + 1)):
+        generations = Generations(Speculative(), DOCUMENTS, may_give_up=True)
+        for stage in range(staged):
+            generations.staged(question, stage, 0)
+        assert generations.gives_up(question, lambda _: True) == ends
+        assert not generations.wants(question)
+
+
+def test_a_client_with_its_answer_does_not_leave():
+    question = _make_question(A)
+    for pending, ends in ((True, 3 * MAX_STAGES), (False, None)):
+        generations = Generations(Speculative(), DOCUMENTS, may_give_up=True)
+        generations.staged(question, 0, 0)
+        answer = generations.answers(question)
+        assert generations.gives_up(question, {answer: pending}.__getitem__) == ends
 
 
 LISTS = st.lists(st.sampled_from([A, B, (3,), (0, 3)]), min_size=1, max_size=9)
@@ -122,7 +131,9 @@ def test_one_generation_runs_at_most_and_the_last_one_has_the_answer(stages, poo
     question = _make_question(*stages)
     for rule in (NoOverlap(), Speculative(max_prefill_bs=most)):
         generations, running, started = Generations(rule, DOCUMENTS), {}, 0
-        for stage in filter(question.matters, range(len(stages))):
+        for stage in range(len(stages)):
+            if not generations.matters(question, stage):
+                continue
             stopped, new = generations.staged(question, stage, pools[stage])
             if stopped != NONE:
                 del running[stopped]
@@ -136,4 +147,6 @@ def test_one_generation_runs_at_most_and_the_last_one_has_the_answer(stages, poo
 
 def test_only_stages_that_change_something_or_end_the_search_matter():
     question = _make_question(A, A, B, B, B)
-    assert list(filter(question.matters, range(5))) == [0, 2, 4]
+    early, late = (Generations(rule, DOCUMENTS) for rule in (Speculative(), NoOverlap()))
+    assert [stage for stage in range(5) if early.matters(question, stage)] == [0, 2, 4]
+    assert [stage for stage in range(5) if late.matters(question, stage)] == [4]

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from sim.policies.base import Policy
 
@@ -34,6 +34,9 @@ class Action(NamedTuple):
 @dataclass(kw_only=True)
 class RetrievalOverlap(Policy):
     """Decides at every stage whether to generate with what was found so far."""
+
+    decides_early: ClassVar[bool] = True
+    """Whether it may do anything before the search is over; if not, it is asked at the end only."""
 
     @abstractmethod
     def staged(self, view: SearchView) -> Action:
