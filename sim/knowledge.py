@@ -26,6 +26,8 @@ class Knowledge:
     """After so long a client without its full answer leaves (seconds); null: it waits."""
     search_cores: int = 4
     """Searches that run at once, each on a core of its own."""
+    num_vectors: int | None = None
+    """Vectors in the index; null: one a document. More where most documents are never asked for."""
     embedding_dimension: int = 1536
     """Numbers of a vector of the index: text-embedding-3-small's (fp32)."""
     searched_share: float = 0.125
@@ -39,6 +41,11 @@ class Knowledge:
         for name in ("search_cores", "embedding_dimension"):
             if getattr(self, name) < 1:
                 raise ValueError(f"knowledge.{name}={getattr(self, name)} must be at least 1")
+        if self.num_vectors is not None and self.num_vectors < 1:
+            raise ValueError(
+                f"knowledge.num_vectors={self.num_vectors} must be at least 1, or null for one a "
+                "document"
+            )
         if self.host_bytes < 0:
             raise ValueError(
                 f"knowledge.host_bytes={self.host_bytes} must not be negative; 0 is no host tier"
@@ -78,5 +85,6 @@ class Knowledge:
 
     def scan_s(self, num_documents: int) -> float:
         """Seconds in which one core compares the vectors of a search, of so many documents."""
-        scanned_bytes = num_documents * self.searched_share * self.embedding_dimension * 4
+        vectors = num_documents if self.num_vectors is None else self.num_vectors
+        scanned_bytes = vectors * self.searched_share * self.embedding_dimension * 4
         return scanned_bytes / self.scan_bytes_per_s

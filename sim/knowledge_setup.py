@@ -59,6 +59,11 @@ def mishaps_of(scenario: Scenario) -> Mishaps:
 def search_of(scenario: Scenario, num_documents: int) -> Search:
     """How long the searches of a scenario take."""
     knowledge = scenario.knowledge
+    if knowledge.num_vectors is not None and knowledge.num_vectors < num_documents:
+        raise ValueError(
+            f"knowledge.num_vectors={knowledge.num_vectors} must be at least the {num_documents} "
+            "documents; each has a vector"
+        )
     return Search(
         knowledge.scan_s(num_documents), knowledge.stage_overhead_s, knowledge.search_cores
     )
@@ -92,6 +97,7 @@ def check_knowledge(scenario: Scenario, setup: Setup, seed: int) -> None:
     _check_deployment(scenario, setup)
     workload = knowledge_workload(scenario)
     documents, start = workload.documents(seed), 0
+    search_of(scenario, len(documents))
     for columns in workload.columns(seed):
         check_retrieved(columns, documents, start)
         start += len(columns)

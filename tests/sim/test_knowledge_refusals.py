@@ -100,7 +100,8 @@ def test_a_search_of_more_stages_than_generations_are_numbered_by_is_refused():
         ("search_cores", 0), ("embedding_dimension", 0), ("host_bytes", -1), ("replicate_from", 0),
         ("searched_share", 0.0), ("searched_share", 1.5), ("scan_bytes_per_s", 0.0),
         ("scan_bytes_per_s", float("inf")), ("stage_overhead_s", -1.0),
-        ("stage_overhead_s", float("nan")),
+        ("stage_overhead_s", float("nan")), ("num_vectors", 0), ("gpu_restart_s", -1.0),
+        ("timeout_s", 0.0), ("timeout_s", float("inf")),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused_by_name_and_value(field, value):
@@ -108,6 +109,19 @@ def test_settings_out_of_range_are_refused_by_name_and_value(field, value):
         Knowledge(**{field: value})
 
 
+@pytest.mark.parametrize("lost_s", [[2.0, 1.0], [-1.0], [float("nan")]])
+def test_losses_are_instants_in_order(lost_s):
+    with pytest.raises(ValueError, match=r"knowledge\.gpu_lost_s=\[.*\] must be instants"):
+        Knowledge(gpu_lost_s=lost_s)
+
+
 def test_a_scan_takes_the_bytes_of_the_vectors_compared():
     knowledge = Knowledge(searched_share=0.5, embedding_dimension=100, scan_bytes_per_s=4e3)
     assert knowledge.scan_s(20) == pytest.approx(20 * 0.5 * 100 * 4 / 4e3)
+    assert replace(knowledge, num_vectors=60).scan_s(20) == 3 * knowledge.scan_s(20)
+
+
+def test_an_index_with_fewer_vectors_than_documents_is_refused():
+    check(_make_scenario(knowledge={"num_vectors": 50}))
+    with pytest.raises(ValueError, match=r"knowledge\.num_vectors=49 must be at least the 50"):
+        check(_make_scenario(knowledge={"num_vectors": 49}))
