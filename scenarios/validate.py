@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 ANSWERS = "validation.json"
 PICTURE = "timeline.png"
+REQUESTS = "requests.png"
 TAKEN = (
     "policy", "accept", "engine.prefix_caching", "engine.batches_in_flight", "num_replicas",
     "tp_size", "pp_size", "faults",
@@ -56,7 +57,8 @@ def main(argv: Sequence[str]) -> int:
     lines, runs = answer(plan)
     _write(plan, lines, runs)  # first: what took minutes outlives a closed pipe
     _show(plan, lines)
-    console().print(f"written to {plan.out}: {ANSWERS}" + (f", {PICTURE}" if runs else ""))
+    written = ", ".join(name for name in (ANSWERS, PICTURE, REQUESTS) if (plan.out / name).exists())
+    console().print(f"written to {plan.out}: {written}")
     return int(any(line.verdict is Verdict.missed for line in lines))
 
 
@@ -95,7 +97,7 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
             "corrupt=stale_block needs blocks that stay cached; add engine.prefix_caching=true"
         )
     out = Path(options.out or Path("runs") / study / "validation")
-    claim_folder(out, (ANSWERS, PICTURE), "validation")
+    claim_folder(out, (ANSWERS, PICTURE, REQUESTS), "validation")
     routings: dict[str, Routing] = {}
     lanes = lanes_of_replica(last)
     if last.num_replicas * lanes > 1 or last.faults:
@@ -198,3 +200,7 @@ def _write(plan: "Plan", lines: Sequence[Line], runs: "dict[str, Runs]") -> None
 
             last = list(runs.values())[-1]
             two_panels(last.simulated[0], last.measured[0], building / PICTURE)
+            if plan.knowledge is not None:
+                from scenarios.knowledge_plot import three_requests
+
+                three_requests(last.simulated[0], last.measured[0], building / REQUESTS)

@@ -20,6 +20,7 @@ from scenarios.validation.numbers import judge_answers, number_lines
 from scenarios.validation.options import Fault, Question
 from scenarios.validation.timing import Runs
 from scenarios.validation.verdict import Line, judge_exact, not_run
+from sim.generations import GIVEN_UP, LOST
 from sim.knowledge_mishaps import NO_MISHAPS, Mishaps
 from sim.knowledge_rules import Rules, copied_blocks
 from sim.models.architecture import Architecture
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 
 REQUESTS_PER_DECISION = 10
 """Requests are short here, so that so many times the usual number is asked for."""
+REPLICATE_FROM = 3
+"""Uses after which a document has its copy ahead of need, where the GPU tier is lost."""
+TIMEOUT_S = 1.0
+"""How long clients wait there."""
 NOT_COMPARED = ("instant_s", "took_s")
 """Of tables that are compared: a panel may note a step later than it decided it."""
 
@@ -61,11 +66,14 @@ def answer(plan: "Plan") -> tuple[list[Line], dict[str, Runs]]:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console(errors=True), transient=True) as progress:
         if asked & {Question.decisions, Question.bytes}:
-            task = progress.add_task("decisions and bytes", total=len(knowledge.evictions))
+            task = progress.add_task("decisions and bytes", total=1 + len(knowledge.evictions))
+            found: list[Line] = []
             for name, rule in knowledge.evictions.items():
-                found = exact_lines(name, knowledge.rules._replace(cache_eviction=rule), plan)
-                lines += [line for line in found if Question(line.question) in asked]
+                found += exact_lines(name, knowledge.rules._replace(cache_eviction=rule), plan)
                 progress.advance(task)
+            if plan.options.corrupt is Fault.none:
+                found += mishap_lines(knowledge.rules, plan)
+            lines += [line for line in found if Question(line.question) in asked]
         if Question.numbers in asked:
             lines += _numbers(plan, knowledge.rules, progress)
         if Question.time in asked:
@@ -86,18 +94,44 @@ def exact_lines(name: str, rules: Rules, plan: "Plan") -> list[Line]:
         )
     except ValueError as error:
         return stopped_lines(name, error)
-    architecture = open_model("random", "cpu")[1].config
+    return _compared(name, panels)
+
+
+def mishap_lines(rules: Rules, plan: "Plan") -> list[Line]:
+    """Questions 1 and 2 where the GPU tier is lost twice and clients leave; are answers right?"""
+    options, name = plan.options, "GPU tier lost, clients leave"
+    count = options.sizes.decision_requests * REQUESTS_PER_DECISION // 4
+    case = cases.tiny(count, options.seed)
+    case = case._replace(tiers=case.tiers._replace(replicate_from=REPLICATE_FROM))
+    span_s = count / cases.RATE_PER_S
+    mishaps = Mishaps(lost_s=(span_s / 3, 2 * span_s / 3), timeout_s=TIMEOUT_S)
+    panels = run_both(rules, case, options.seed, options.device.value, mishaps=mishaps)
+    plain = case._replace(tiers=case.tiers._replace(reuse=False))
+    right = run_both(rules, plain, options.seed, options.device.value).real.answers
+    wrong = sum(right[one] != answer for one, answer in panels.real.answers.items())
+    stages = panels.real.trace.stages["stage"].tolist()
+    note = f"{name}: {stages.count(LOST)} losses, {stages.count(GIVEN_UP)} of {count} clients left"
+    answers = Line(
+        question="decisions", metric=f"{name}: answers other than without any cache",
+        simulated="", measured=f"{len(panels.real.answers):,} answers", error=wrong, accepted=0,
+        verdict=judge_exact(wrong), note=note,
+    )  # fmt: skip
+    return [*_compared(name, panels), answers]
+
+
+def _compared(name: str, panels: KnowledgePanels) -> list[Line]:
+    """Batches, tables and bytes of both panels."""
     return [
         decision_line(name, panels),
         *(table_line(name, what, table, panels) for what, table in TABLES.items()),
-        *byte_lines(name, panels, architecture),
+        *byte_lines(name, panels, open_model("random", "cpu")[1].config),
     ]
 
 
 TABLES = {
     "stages that start or stop otherwise": "stages",
     "hits and misses that differ": "lookups",
-    "insertions, loads, swaps and evictions that differ": "moves",
+    "moves between the tiers that differ": "moves",
 }
 """What is compared row by row, in order, beside the batches."""
 

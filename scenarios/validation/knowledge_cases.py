@@ -35,8 +35,9 @@ HOST_BLOCKS = 90
 """Both tiers overflow: 200 documents of three blocks in pairs, against 48 and 90 blocks."""
 RATE_PER_S = 300.0
 TIMED_DOCUMENTS = 60
-TIMED_LIMITS = ReplicaLimits(4, 256, 16, num_blocks=64)
-TIMED_HOST_BLOCKS = 60
+TIMED_LIMITS = ReplicaLimits(2, 256, 16, num_blocks=30)
+TIMED_HOST_BLOCKS = 12
+"""So small that in a hundred requests rules already differ by some per cent of TTFT."""
 CONTEXT = 256
 """That no request of the skewed cases exceeds."""
 READABLE_TOKENS = 60
