@@ -157,9 +157,10 @@ def readable(
         search, embedded, arrivals_s, documents, [len(ids) for ids in asked_ids], new_tokens
     )
     longest = max(one.request.prompt_tokens for one in found) + new_tokens
-    blocks = 3 * -(-longest // 16)
-    limits = ReplicaLimits(4, max(512, longest), 16, blocks)
-    tiers = Tiers(documents, 2 * blocks, estimated_s, lambda count: 0.0)
+    # Room for two requests on the device: what others cached is often in host memory by then.
+    blocks = 2 * -(-longest // 16)
+    limits = ReplicaLimits(2, max(512, longest), 16, blocks)
+    tiers = Tiers(documents, 4 * blocks, estimated_s, lambda count: 0.0)
     return (
         Case(found, limits, tiers, search, embedded, len(system)),
         Texts(passages, asked_ids, system),
