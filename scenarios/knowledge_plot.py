@@ -39,7 +39,7 @@ def three_requests(simulated: Trace, measured: Trace, path: Path) -> Path | None
         figure = Figure(figsize=(11.0, 4.6), layout="constrained")
         panels: list[Axes] = figure.subplots(2, 1, sharex=True).tolist()
         for side, (axes, title) in enumerate(zip(panels, ("simulated", "measured"), strict=True)):
-            _panel(axes, {kind: pair[side] for kind, pair in chosen.items()}, unit, name)
+            first_tokens(axes, {kind: pair[side] for kind, pair in chosen.items()}, unit, name)
             axes.set_title(title)
         panels[-1].set_xlabel(f"time after arrival ({name})")
         panels[0].set_xlim(0, 1.15 * longest_s * unit)
@@ -48,8 +48,15 @@ def three_requests(simulated: Trace, measured: Trace, path: Path) -> Path | None
         return write(figure, path)
 
 
-def _panel(axes: Axes, ways: Mapping[Found, Way], unit: float, name: str) -> None:
-    """A bar a request, its parts beside each other, the TTFT at its end."""
+def first_tokens(axes: Axes, ways: Mapping[Found, Way], unit: float = 1.0, name: str = "s") -> None:
+    """A bar a request, its parts beside each other, the TTFT at its end.
+
+    Args:
+        axes: what to draw on.
+        ways: of each request, by where its documents were.
+        unit: of the axis, in parts of a second.
+        name: of the unit.
+    """
     rows = list(ways.items())
     for row, (_, way) in enumerate(rows):
         left_s = 0.0

@@ -13,6 +13,10 @@ TOY = {
         "RATES": [8, 20], "SEEDS": [0, 1], "NUM_REQUESTS": 30, "CHUNK_TOKENS": 256,
         "CHUNKS": [256], "BUSY_RATE": 20,
     },
+    "what_does_a_knowledge_cache_save": {
+        "HOST_GIB": [8, 16], "RATES": [0.4, 0.8], "SEEDS": [0], "NUM_REQUESTS": 150,
+        "BUSY_RATE": 0.8,
+    },
 }  # fmt: skip
 """What takes the place of the cell with the tag `parameters`."""
 MOST_LINES_OF_A_FUNCTION = 5
