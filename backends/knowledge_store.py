@@ -178,6 +178,7 @@ class KnowledgeStore:
     def finish(self, now_s: float) -> None:
         """Nobody comes any more: note what the last requests left, and that all is in its place."""
         self.check()
+        assert not any(node.pins for node in self.prefixes.tree.nodes()), "nobody holds anything"
         self._note(now_s)
 
     def lose(self, now_s: float) -> None:
