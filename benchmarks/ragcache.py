@@ -71,6 +71,7 @@ class Point(NamedTuple):
     reuse: bool = True
     host_gib: int = 192
     top_k: int = 2
+    num_documents: int = 14_000
     long_answers: bool = False
     """As Natural Questions, six tokens on average; otherwise one, as MMLU."""
     num_vectors: int | None = None
@@ -163,7 +164,8 @@ def study(point: Point, num_requests: int) -> Scenario:
             searched_share=point.searched_share,
         ),
         workload=Retrieval(
-            rate_per_s=point.rate_per_s, num_requests=num_requests, num_documents=14_000,
+            rate_per_s=point.rate_per_s, num_requests=num_requests,
+            num_documents=point.num_documents,
             document_tokens=DOCUMENT_TOKENS // point.top_k,
             max_document_tokens=MOST_TOKENS // point.top_k, question_tokens=QUESTION_TOKENS,
             top_k=point.top_k, found_per_stage=point.found_per_stage, **answers,
