@@ -1,5 +1,6 @@
 """Published figures beside ours: what the benchmarks of papers print. Run by itself: nothing."""
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -74,21 +75,26 @@ class Report:
         self.rows.append(
             (where, what, published.text(form), span(shown, form), published.deviation(shown))
         )
-        name = "".join("_" if one in " ,:()./-" else one for one in f"{where}_{what}".lower())
-        name = "_".join(part for part in name.split("_") if part)
+        name = f"{where} {what}"
         ranged = published.low < published.high
-        found = {"_low": min(shown), "_high": max(shown)} if ranged else {"": shown[-1]}
-        self.figures |= {name + end: value for end, value in found.items()}
+        found = {" low": min(shown), " high": max(shown)} if ranged else {"": shown[-1]}
+        for end, value in found.items():
+            self.note(name + end, value)
+
+    def note(self, name: str, value: float) -> None:
+        """A figure for the JSON line alone."""
+        words = re.split(r"[^a-z0-9.]+", name.lower().replace("fig. ", "fig "))
+        self.figures["_".join(filter(None, words))] = value
 
     def shrinks(self, where: str, what: str, before: float, after: float) -> None:
         """A row on something that is said to become smaller, without a figure."""
-        shown = f"{before:.2f} to {after:.2f}"
+        shown = f"{before:.3f} to {after:.3f}"
         self.rows.append((where, what, "shrinks", shown, "as said" if after < before else "grows"))
 
-    def show(self, title: str) -> None:
-        """Print the table."""
+    def show(self, title: str, beside: str = "published") -> None:
+        """Print the table; `beside` names the column of what ours are compared with."""
         table = Table(title=f"{title}\n{machine()}, commit {commit()}")
-        for column in ("where", "what", "published", "ours", "deviation"):
+        for column in ("where", "what", beside, "ours", "deviation"):
             table.add_column(column, no_wrap=True)
         for row in self.rows:
             table.add_row(*row)

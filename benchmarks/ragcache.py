@@ -236,8 +236,8 @@ def eviction(runs: Runs, report: Report) -> None:
         report.add("Fig. 17", f"hit rate of pgdsf over {rule}", Published(*published), gains)
         what = f"the same, host {HOST_GIB[0]} to {HOST_GIB[-1]} GiB"
         report.shrinks("Fig. 17", what, gains[0], gains[-1])
-        report.figures |= {f"fig_17_hit_rate_pgdsf_over_{rule}_{host}_gib": gain
-                           for host, gain in zip(HOST_GIB, gains, strict=True)}  # fmt: skip
+        for host, gain in zip(HOST_GIB, gains, strict=True):
+            report.note(f"fig 17 hit rate of pgdsf over {rule} {host} gib", gain)
 
 
 def over_ours(runs: Runs, baseline: Point, ours: Point, lowest: float) -> dict[float, float]:
@@ -299,7 +299,7 @@ def reordering(runs: Runs, report: Report) -> None:
     for above in (1.0, 1.1, 1.25):
         point = Point(rate_per_s=most * above)
         ratios.append(runs(point).ttft_s / runs(point._replace(reorders=True)).ttft_s)
-        report.figures[f"fig_18_ttft_ratio_at_{above:g}_of_the_rate_sustained"] = ratios[-1]
+        report.note(f"fig 18 ttft ratio at {above:g} of the rate sustained", ratios[-1])
     report.add("Fig. 18", "TTFT fcfs over cache_aware", Published(1.2, 2.1), ratios)
 
 
@@ -313,8 +313,9 @@ def speculation(runs: Runs, report: Report) -> None:
             before, after = runs(without), runs(without._replace(speculates=True))
             ttft.append(before.ttft_s / after.ttft_s)
             search.append(before.exposed_search_s / after.exposed_search_s)
-            name = f"fig_19_ttft_ratio_{share:g}_searched_{rate:g}_per_s_{found:g}_found"
-            report.figures[name] = ttft[-1]
+            where = f"{share:g} searched {rate:g} per s {found:g} found"
+            report.note(f"fig 19 ttft ratio {where}", ttft[-1])
+            report.note(f"fig 19 exposed search ratio {where}", search[-1])
         what = f"none over speculative, {found:.0%} found a stage"
         report.add("Fig. 19", f"TTFT {what}", up_to(1.6), ttft)
         report.add("Fig. 19", f"exposed search {what}", Published(1.5, 2.3), search)
