@@ -87,9 +87,11 @@ class Report:
         self.figures["_".join(filter(None, words))] = value
 
     def shrinks(self, where: str, what: str, before: float, after: float) -> None:
-        """A row on something that is said to become smaller, without a figure."""
+        """A row on something that should become smaller, without a published figure."""
         shown = f"{before:.3f} to {after:.3f}"
-        self.rows.append((where, what, "shrinks", shown, "as said" if after < before else "grows"))
+        self.rows.append(
+            (where, what, "should shrink", shown, "as expected" if after < before else "grows")
+        )
 
     def show(self, title: str, beside: str = "published") -> None:
         """Print the table; `beside` names the column of what ours are compared with."""

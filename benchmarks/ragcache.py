@@ -1,7 +1,6 @@
 """How near does the simulated knowledge cache come to RAGCache's published figures?
 
-Every verified figure of the paper (arXiv 2404.12457; its abstract in TOCS is doi 10.1145/3768628)
-that a simulation can have, beside ours. Nothing is fitted. What the paper leaves open is ours:
+Every verified figure of the paper (arXiv 2404.12457) that a simulation can have, beside ours. Nothing is fitted. What the paper leaves open is ours:
 14,000 documents, halved so that two fit into 4,096 tokens; rates in equal steps; first come, first
 served and no speculation except where these are compared, and for the whole system reordering but
 no speculation; four seats on the large machine as on the small one; the seconds of a search. Ranges
@@ -181,7 +180,7 @@ def characterisation(runs: Runs, report: Report) -> None:
         setup = prepare(study(Point(model=model), 1))
         ours = setup.kv_bytes_per_token / MIB
         report.add(where, f"{model} KV MiB a token", at(published), ours, "{:.4g}")
-    where = "Section 3"
+    where = "in the text"
     for model in ("mistral_7b", "llama_2_7b"):
         scenario = study(Point(model=model), 1)
         setup = prepare(scenario)
