@@ -33,6 +33,8 @@ OTHERS = {
     "host_hit_share": "of them in host memory",
     "search_mean_s": "search, from arrival to its end",
     "num_speculations_stopped": "generations stopped for other documents",
+    "num_clients_left": "clients that left without a full answer",
+    "num_gpu_losses": "losses of all KV on the GPU",
     "kv_bytes_swapped_out": "KV copied to host memory",
     "kv_bytes_loaded": "KV loaded from host memory",
     "hand_over_mean_s": "from first token to decoding elsewhere",
@@ -48,7 +50,7 @@ OTHERS = {
 }
 """What a run's table shows besides latencies."""
 
-ONLY_AFTER_DEATHS = ("num_rerouted", "rerouted_tokens")
+ONLY_AFTER_MISHAPS = ("num_rerouted", "rerouted_tokens", "num_clients_left", "num_gpu_losses")
 """Left out where they are zero."""
 
 
@@ -144,7 +146,7 @@ def other_table(figures: Mapping[str, Figure]) -> Table:
     table = grid(None, "", "")
     table.show_header = False
     for name, label in OTHERS.items():
-        if name in ONLY_AFTER_DEATHS and not figures[name].mean:
+        if name in ONLY_AFTER_MISHAPS and not figures[name].mean:
             continue
         # Results that were saved before a figure was there lack it.
         if name in figures and not math.isnan(figures[name].mean):

@@ -3,18 +3,19 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.generations import GIVEN_UP, LOST
 from sim.knowledge_rules import TO_HOST
 from sim.state.knowledge_tree import MoveKind
 from sim.trace import Trace
 
 NAMES = (
     "document_hit_share", "gpu_hit_share", "host_hit_share", "kv_bytes_swapped_out",
-    "kv_bytes_loaded", "num_speculations_stopped",
+    "kv_bytes_loaded", "num_speculations_stopped", "num_clients_left", "num_gpu_losses",
 )  # fmt: skip
 
 
 def knowledge_figures(trace: Trace, block_bytes: int) -> dict[str, float]:
-    """What was found cached, what was copied, and what was computed in vain.
+    """What was found cached, what was copied, what was computed in vain, and what went wrong.
 
     The hit share is RAGCache's hit rate: documents that a generation found cached over documents
     that it has, of the generations that answered. Not a number where nothing is retrieved.
@@ -34,9 +35,11 @@ def knowledge_figures(trace: Trace, block_bytes: int) -> dict[str, float]:
     retrieved = max(gpu + host + missed, 1)
     out = moves["blocks"][np.isin(moves["kind"], TO_HOST)].sum()
     back = moves["blocks"][moves["kind"] == MoveKind.load].sum()
+    found = trace.stages["stage"] >= 0
     figures = (
         (gpu + host) / retrieved, gpu / retrieved, host / retrieved, int(out) * block_bytes,
-        int(back) * block_bytes, int((trace.stages["stopped"] >= 0).sum()),
+        int(back) * block_bytes, int((found & (trace.stages["stopped"] >= 0)).sum()),
+        int((trace.stages["stage"] == GIVEN_UP).sum()), int((trace.stages["stage"] == LOST).sum()),
     )  # fmt: skip
     return dict(zip(NAMES, figures, strict=True))
 

@@ -28,7 +28,7 @@ class QueueOrder:
             view: the replica now.
             gone: requests that left the queue since the last call and were not admitted.
         """
-        if not self.sorts:
+        if not (self.sorts and (view.waiting or self._waited)):
             return None
         ids = {request.request_id for request in view.waiting}
         admitted = sorted(self._waited - ids - gone)

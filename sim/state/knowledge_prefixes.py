@@ -25,7 +25,7 @@ class Lookup(NamedTuple):
 class Path:
     """The documents of one request, and how far it holds them."""
 
-    __slots__ = ("documents", "ends", "found", "held", "seen", "stored", "used")
+    __slots__ = ("documents", "ends", "found", "held", "nodes", "seen", "stored", "used")
 
     def __init__(self, documents: tuple[int, ...], ends: list[int]) -> None:
         self.documents = documents
@@ -38,8 +38,10 @@ class Path:
         self.stored = False
         """Whether an iteration has computed some of it."""
         self.found = NOTHING_CACHED
+        self.nodes: list[Node] = []
+        """Of the cached prefix."""
         self.seen = -1
-        """State of the tree at which `found` was looked up."""
+        """State of the tree at which `found` and `nodes` were looked up."""
 
 
 class KnowledgePrefixes:
@@ -87,7 +89,7 @@ class KnowledgePrefixes:
         """The longest cached prefix of a request that does not run; loading it takes blocks."""
         path = self._paths[request.request_id]
         if path.seen != self._changes:
-            nodes = self._cached_nodes(path)
+            path.nodes = nodes = self._cached_nodes(path)
             tokens = path.ends[len(nodes) - 1] * self._size if nodes else 0
             free = sum([node.blocks for node in nodes if not node.pins])
             path.found, path.seen = CachedPrefix(tokens, free), self._changes
@@ -96,7 +98,8 @@ class KnowledgePrefixes:
     def hold(self, request: RequestView) -> CachedPrefix:
         """Hold what is cached, on the GPU, and count the use of every document."""
         path = self._paths[request.request_id]
-        found, nodes = self.cached(request), self._cached_nodes(path)
+        found = self.cached(request)
+        nodes = list(path.nodes)
         self._changes += 1
         if not path.used:
             self._note(request.request_id, path, nodes)
@@ -116,6 +119,8 @@ class KnowledgePrefixes:
     def store(self, request_id: int, tokens: int) -> tuple[int, int]:
         """Keep the documents whose blocks are computed; what another has stored is held instead."""
         path = self._paths[request_id]
+        if path.stored and len(path.held) == len(path.ends):
+            return 0, 0
         full, first = tokens // self._size, len(path.held)
         upto = first
         while upto < len(path.ends) and path.ends[upto] <= full:
@@ -205,13 +210,17 @@ class KnowledgePrefixes:
         return nodes
 
     def _note(self, request_id: int, path: Path, nodes: Sequence[Node]) -> None:
-        counted = [node for node in nodes if node.document != SYSTEM_PROMPT]
-        on_gpu = [node for node in nodes if node.gpu]
-        gpu = sum(node.gpu for node in counted)
-        whole = len(path.documents) - (SYSTEM_PROMPT in path.documents)
-        gpu_tokens = sum(node.blocks for node in on_gpu) * self._size
-        all_tokens = sum(node.blocks for node in nodes) * self._size
+        gpu = host = gpu_blocks = host_blocks = 0
+        for node in nodes:
+            counts = node.document != SYSTEM_PROMPT
+            if node.gpu:
+                gpu += counts
+                gpu_blocks += node.blocks
+            else:
+                host += counts
+                host_blocks += node.blocks
+        missed = len(path.documents) - (SYSTEM_PROMPT in path.documents) - gpu - host
+        size = self._size
         self.lookups.append(
-            Lookup(request_id, gpu, len(counted) - gpu, whole - len(counted),
-                   gpu_tokens, all_tokens - gpu_tokens)
-        )  # fmt: skip
+            Lookup(request_id, gpu, host, missed, gpu_blocks * size, host_blocks * size)
+        )

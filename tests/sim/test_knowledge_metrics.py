@@ -9,6 +9,7 @@ import pytest
 from hardware_models.parts import load_node
 from sim.api import run
 from sim.engine import Engine
+from sim.generations import GIVEN_UP, LOST
 from sim.knowledge import Knowledge
 from sim.knowledge_metrics import NAMES, knowledge_figures, mean_search_s
 from sim.metrics import request_times, ttft_parts
@@ -94,11 +95,14 @@ def test_hits_and_copies_are_counted_from_the_tables():
     }
     kinds = [MoveKind.insert, MoveKind.swap_out, MoveKind.replicate, MoveKind.load, MoveKind.drop]
     moves = {"kind": np.array(kinds), "blocks": np.array([100, 3, 4, 5, 100])}
-    stages = {"stopped": np.array([-1, 100, 0])}
+    stages = {
+        "stage": np.array([0, 1, 1, GIVEN_UP, LOST]), "stopped": np.array([-1, 100, 0, 7, -1]),
+    }  # fmt: skip
     made = replace(trace, searches=searches, lookups=lookups, moves=moves, stages=stages)
     assert knowledge_figures(made, 10) == {
         "document_hit_share": 0.5, "gpu_hit_share": 0.25, "host_hit_share": 0.25,
         "kv_bytes_swapped_out": 70, "kv_bytes_loaded": 50, "num_speculations_stopped": 2,
+        "num_clients_left": 1, "num_gpu_losses": 1,
     }  # fmt: skip
 
 

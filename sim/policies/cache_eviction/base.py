@@ -53,11 +53,11 @@ class BoundEviction:
         self._rule.evicted(self._memory, tier, priority)
 
 
-def new_clocks() -> dict[Tier, float]:
+def new_clocks() -> list[float]:
     """A logical clock a tier (RAGCache section 5.1: GPU and host have separate ones)."""
-    return dict.fromkeys(Tier, 0.0)
+    return [0.0] * len(Tier)
 
 
-def advance(clocks: dict[Tier, float], tier: Tier, priority: float) -> None:
+def advance(clocks: list[float], tier: Tier, priority: float) -> None:
     """Set the clock of a tier to the highest priority that has left it (RAGCache eq. 2)."""
     clocks[tier] = max(clocks[tier], priority)

@@ -14,14 +14,14 @@ from sim.state.knowledge_node import NodeView, Tier
 class Gdsf(CacheEviction):
     """Priority = clock + frequency: old popularity is overtaken by the clock."""
 
-    def init(self) -> dict[Tier, float]:
+    def init(self) -> list[float]:
         """The clocks of both tiers."""
         return new_clocks()
 
-    def priority(self, memory: dict[Tier, float], tier: Tier, node: NodeView) -> float:
+    def priority(self, memory: list[float], tier: Tier, node: NodeView) -> float:
         """Clock + frequency * cost / size, where cost / size is one."""
         return memory[tier] + node.frequency
 
-    def evicted(self, memory: dict[Tier, float], tier: Tier, priority: float) -> None:
+    def evicted(self, memory: list[float], tier: Tier, priority: float) -> None:
         """The clock goes on."""
         advance(memory, tier, priority)

@@ -15,14 +15,14 @@ from sim.state.knowledge_node import NodeView, Tier
 class Pgdsf(CacheEviction):
     """Priority = clock + frequency * average cost per token that was not cached."""
 
-    def init(self) -> dict[Tier, float]:
+    def init(self) -> list[float]:
         """The clocks of both tiers."""
         return new_clocks()
 
-    def priority(self, memory: dict[Tier, float], tier: Tier, node: NodeView) -> float:
+    def priority(self, memory: list[float], tier: Tier, node: NodeView) -> float:
         """See RAGCache eq. 1 with the average cost of eq. 3, in seconds a token."""
         return memory[tier] + node.frequency * node.average_cost_s
 
-    def evicted(self, memory: dict[Tier, float], tier: Tier, priority: float) -> None:
+    def evicted(self, memory: list[float], tier: Tier, priority: float) -> None:
         """The clock goes on."""
         advance(memory, tier, priority)
