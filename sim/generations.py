@@ -146,8 +146,13 @@ class Generations:
             return Decided(stopped, None)
         generation = request_id * MAX_STAGES + stage
         self._attempts[request_id] = Attempt(generation, view.documents)
-        prompt = prompt_tokens(question, view.documents, self._tokens)
-        request = question.request._replace(request_id=generation, prompt_tokens=prompt)
+        asked = question.request
+        prompt = asked.prompt_tokens
+        if not view.final:
+            prompt = prompt_tokens(question, view.documents, self._tokens)
+        request = Request(
+            generation, asked.arrival_s, prompt, asked.output_tokens, asked.max_output_tokens
+        )
         return Decided(stopped, Generation(request, view.documents))
 
     def answers(self, question: Question) -> int:

@@ -125,7 +125,7 @@ class KnowledgeCache:
             number = started.request.request_id
             if self._prefixes is not None:
                 self._prefixes.register(number, started.documents)
-            replica.submit(started.request)
+            replica.queue(started.request)
         request = question.request
         self.recorder.stage(request.request_id, found.stage, now, pool_size, stopped, number)
         if found.stage == question.last_stage:

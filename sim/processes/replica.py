@@ -85,6 +85,11 @@ class Replica:
             arrival=(request.request_id, generated_tokens),
         )  # fmt: skip
 
+    def queue(self, request: Request) -> None:
+        """At a boundary: take a request that the coming decision sees."""
+        self.recorder.arrived(request)
+        self.state.submit(request)
+
     def notice(
         self, apply: Callable[[], object], *, always: bool = True,
         arrival: tuple[int, int] | None = None,

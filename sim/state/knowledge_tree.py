@@ -8,7 +8,7 @@ The tree only counts blocks. What it decides comes out as `Move`s, which the sim
 and the real one carries out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple, Protocol
@@ -19,12 +19,14 @@ from sim.state.knowledge_node import SYSTEM_PROMPT, Node, NodeView, Tier
 class EvictionRule(Protocol):
     """A rule of `sim/policies/cache_eviction`, bound to its memory."""
 
-    def priority(self, tier: Tier, node: NodeView) -> float:
+    @property
+    def priority(self) -> Callable[[Tier, NodeView], float]:
         """What a node is worth in a tier now."""
         ...
 
-    def evicted(self, tier: Tier, priority: float) -> None:
-        """A node of this priority has left a tier."""
+    @property
+    def evicted(self) -> Callable[[Tier, float], None]:
+        """To be told when a node of a priority has left a tier."""
         ...
 
 
