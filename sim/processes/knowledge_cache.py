@@ -84,8 +84,8 @@ class KnowledgeCache:
         """What happened since the last boundary, in order."""
         self._prefixes, self._tiers, self._replays = prefixes, tiers, replays
         self._restart_s = 0.0 if replays else mishaps.restart_s
-        self._owed_s = 0.0
-        """What the next batch waits for beside its own copies."""
+        self._ready_s = 0.0
+        """When the GPU computes again after a loss."""
         self.generations = Generations(
             rules.retrieval_overlap, tiers.documents, may_give_up=replays or mishaps.gives_up
         )
@@ -111,8 +111,7 @@ class KnowledgeCache:
 
         What leaves goes first, as what comes takes its blocks.
         """
-        owed_s, self._owed_s = self._owed_s, 0.0
-        return owed_s + self._note(now_s)
+        return max(self._ready_s - now_s, 0.0) + self._note(now_s)
 
     def _decide(self, replica: Replica, found: Found, gone: set[int]) -> None:
         """A stage has ended: stop and start what it asks for."""
@@ -160,7 +159,7 @@ class KnowledgeCache:
         replica.preempt(running)
         if self._prefixes is not None:
             self._prefixes.lose_gpu()
-        self._owed_s += self._restart_s + self._note(now)
+        self._ready_s = max(self._ready_s, now) + self._restart_s + self._note(now)
 
     def _note(self, now_s: float) -> float:
         """Record what was looked up and moved since the last time; seconds of the copies."""

@@ -254,6 +254,13 @@ def test_ttft_after_a_loss_in_closed_form():
     # With a copy ahead of need, made before the second one's prefill, only a copy is needed.
     found = _lone_ttft_s(rows, [8], num_blocks=4, mishaps=lost, replicate_from=1)
     assert found == pytest.approx([miss_s, gpu_hit_s + copy_s, gpu_hit_s + copy_s])
+    # A restart that nobody waits for costs nobody anything.
+    lost = Mishaps(lost_s=(150.0,), restart_s=40.0)
+    found = _lone_ttft_s(rows, [8], num_blocks=4, mishaps=lost)
+    assert found == pytest.approx([miss_s, gpu_hit_s, miss_s])
+    lost = Mishaps(lost_s=(150.0,), restart_s=60.0)
+    found = _lone_ttft_s(rows, [8], num_blocks=4, mishaps=lost)
+    assert found == pytest.approx([miss_s, gpu_hit_s, miss_s + 10.0 - search_s])
     # A loss takes effect after the iteration: its token is there, all else is computed again.
     times = _lone_times([(0, 3, 4, [(0,), (0,)])], [8], num_blocks=4,
                         mishaps=Mishaps(lost_s=(7.0,), restart_s=5.0))  # fmt: skip
