@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 
+import numpy as np
+
+from hardware_models.schema import Node
 from sim.generations import MAX_STAGES, prompt_tokens, questions
 from sim.knowledge_mishaps import Mishaps
 from sim.knowledge_rules import Rules, Tiers
@@ -9,11 +12,15 @@ from sim.models.work import IterationShape
 from sim.node_choice import node_of
 from sim.policies.estimate import PrefillProfile
 from sim.policies.instance_plan.base import phases
+from sim.processes.exact_time import ExactEnvironment
 from sim.processes.knowledge_cache import Search, simulate_knowledge
+from sim.processes.network import Network
 from sim.processes.pace import Costed
 from sim.scenario import Scenario
 from sim.setup import Setup
+from sim.state.links import Routes
 from sim.trace import Trace
+from sim.units import GIB
 from sim.workload.knowledge import KnowledgeWorkload, check_retrieved
 
 
@@ -146,15 +153,29 @@ def _check_deployment(scenario: Scenario, setup: Setup) -> None:
 
 
 def _copy_s(scenario: Scenario, block_bytes: int) -> Callable[[int], float]:
-    """Seconds to copy blocks between host and GPUs: each rank its share, over its own link."""
-    link = node_of(scenario).host_link
-    if link is None:
+    """Seconds to copy blocks between host and GPUs: all ranks copy their shares at once.
+
+    Nothing else is on the links then, as the batch waits for its copies: so the time is that of
+    these flows alone, a latency and a rate.
+    """
+    node, ranks = node_of(scenario), scenario.tp_size * scenario.pp_size
+    if node.host_link is None:
         if scenario.knowledge.reuse and scenario.knowledge.host_bytes:
             raise ValueError(
                 "knowledge.host_bytes keeps KV in host memory, and the machine has no host_link; "
                 "name a node with one, or take knowledge.host_bytes=0"
             )
         return lambda blocks: 0.0
-    share_bytes = block_bytes / (scenario.tp_size * scenario.pp_size)
-    latency_s, bandwidth = link.latency_s, link.bandwidth_bytes_per_s
-    return lambda blocks: latency_s + blocks * share_bytes / bandwidth
+    latency_s = _flows_s(node, ranks, 0.0)
+    byte_s = (_flows_s(node, ranks, GIB) - latency_s) / GIB
+    return lambda blocks: latency_s + blocks * block_bytes / ranks * byte_s
+
+
+def _flows_s(node: Node, ranks: int, num_bytes: float) -> float:
+    """Seconds in which so many GPUs of a node send so many bytes each to host memory at once."""
+    environment = ExactEnvironment()
+    routes = Routes(node)
+    end = "cpu" if node.host_memory is None else "host_memory"
+    paths = np.stack([routes.path(f"gpu{rank}", end) for rank in range(ranks)])
+    environment.run(until=Network(environment, routes).send(paths, num_bytes))
+    return environment.now
