@@ -1,13 +1,9 @@
 """Where the TTFT of lone requests went, in closed form; and which of them pictures show."""
 
-from dataclasses import replace
-from itertools import pairwise
-
 import numpy as np
 import pytest
 from serving_cases import POLICIES, PromptSeconds
 
-from scenarios.knowledge_plot import three_requests
 from sim.engine import ReplicaLimits
 from sim.generations import Question
 from sim.knowledge_rules import Rules, Tiers
@@ -73,13 +69,3 @@ def test_the_request_that_waited_least_is_shown_and_only_one_that_both_panels_fo
         assert ours.request == theirs.request
         both = paths(crowded)[kind].keys() & paths(sparse)[kind].keys()
         assert ours.queue_s == min(paths(crowded)[kind][one].queue_s for one in both)
-
-
-def test_the_picture_is_written_and_only_where_there_is_something_to_show(tmp_path):
-    trace = _make_trace([0, 0, 1, 0])
-    drawn = [three_requests(trace, trace, tmp_path / f"{at}.png") for at in range(2)]
-    assert [path.read_bytes()[:4] for path in drawn] == [b"\x89PNG"] * 2
-    assert all(a.read_bytes() == b.read_bytes() for a, b in pairwise(drawn))
-    gone = replace(trace, lookups={name: column[:0] for name, column in trace.lookups.items()})
-    assert three_requests(trace, gone, tmp_path / "none.png") is None
-    assert not (tmp_path / "none.png").exists()
