@@ -6,6 +6,8 @@ no CUDA context to inherit. Where there is none (Windows), each process imports 
 """
 
 import multiprocessing
+import os
+from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerContext, SpawnContext
 
 START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -19,3 +21,20 @@ def process_context() -> "ForkServerContext | SpawnContext":
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     return context
+
+
+def adopt_environment(environment: Mapping[str, str]) -> None:
+    """Called first in a process: take over its parent's variables of now.
+
+    The server has those of the time at which it was started.
+    """
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def in_environment(
+    environment: Mapping[str, str], work: Callable[..., object], *arguments: object
+) -> None:
+    """What a process does whose parent has these variables: `work(*arguments)`."""
+    adopt_environment(environment)
+    work(*arguments)

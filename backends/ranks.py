@@ -23,7 +23,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from backends.collectives import BACKEND
 from backends.heartbeat import Heartbeat, TCPStore, beats, wants_processor
-from backends.processes import START_METHOD, process_context
+from backends.processes import START_METHOD, adopt_environment, process_context
 
 SILENT_S = 6.0
 """A rank that has not beaten for so long, and waits for no processor, has stopped."""
@@ -53,6 +53,7 @@ class _Job:
     port: int
     folder: Path
     device: str
+    environment: dict[str, str]
 
 
 def run_ranks(
@@ -67,7 +68,7 @@ def run_ranks(
     require_ranks(size, device)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="diptych-ranks-") as folder:
-        job = _Job(work, arguments, size, store.port, Path(folder), device)
+        job = _Job(work, arguments, size, store.port, Path(folder), device, dict(os.environ))
         process_context()
         context: Any = start_processes(
             _rank, (job,), nprocs=size, join=False, start_method=START_METHOD
@@ -138,6 +139,7 @@ def run_under_torchrun(work: Work, arguments: tuple[Any, ...] = (), device: str 
 def _rank(rank: int, job: _Job) -> None:
     """A launched process: join, work, leave what came of it in the folder."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher hears it and ends us
+    adopt_environment(job.environment)
     wait = timedelta(seconds=START_S)
     try:
         heart = Heartbeat(TCPStore("127.0.0.1", job.port, is_master=False, timeout=wait), rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import time
 import traceback
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple, Self
 
 from backends.corruption import Corruption
 from backends.inbox import Inbox
-from backends.processes import process_context
+from backends.processes import in_environment, process_context
 from backends.serving import use_one_thread
 from sim.engine import ReplicaLimits
 from sim.faults import Fault
@@ -92,7 +93,9 @@ class Processes:
         near, far = context.Pipe()
         files = [str(path) for path in user_files()]
         arguments = (far, number, files, pickle.dumps(spec), self._work, self.inbox)
-        process = context.Process(target=_serve, args=arguments, daemon=True)
+        process = context.Process(
+            target=in_environment, args=(dict(os.environ), _serve, *arguments), daemon=True
+        )
         process.start()
         far.close()
         return near, process

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_work import lose, sum_of_ranks
+from rank_work import lose, sum_of_ranks, variable
 from torch import multiprocessing
 
 from backends import ranks
@@ -178,5 +178,13 @@ def is_alive(pid):
     """Whether a process is there and no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # gone, or gone while it was read
         return False
+
+
+def test_ranks_have_the_environment_of_their_launcher_at_their_start(monkeypatch):
+    for value in ("one", "two"):
+        monkeypatch.setenv("DIPTYCH_TEST", value)
+        assert run_ranks(variable, 2, ("DIPTYCH_TEST",)) == [value, value]
+    monkeypatch.delenv("DIPTYCH_TEST")
+    assert run_ranks(variable, 1, ("DIPTYCH_TEST",)) == [None]
