@@ -29,8 +29,8 @@ MOST_PER_REQUEST = 64
 class Retrieval(KnowledgeWorkload):
     """Poisson arrivals of questions, each of which retrieves `top_k` documents.
 
-    A document's number is its popularity rank, 0 the most popular; its length does not depend on
-    it. The first document of a request is its topic, the others are companions of that topic.
+    A document's number is its popularity rank at the start, 0 the most popular; its length does not
+    depend on it. The first document of a request is its topic, the others are companions of it.
     """
 
     rate_per_s: float
@@ -46,6 +46,9 @@ class Retrieval(KnowledgeWorkload):
     popular_requests: float = 0.6
     """Share of the requests whose topic is one of them; equal to `popular_share`: all documents
     are as popular (ratio)."""
+    requests_per_new_document: int | None = None
+    """After so many requests another document, asked for least until then, becomes the most popular
+    one, and all others move down a rank; null: popularity never changes. An assumption."""
     document_tokens: int = 3718
     """Mean length of a document, before the limit (tokens)."""
     document_cv: float = 0.5
@@ -80,6 +83,7 @@ class Retrieval(KnowledgeWorkload):
         for name in ("num_documents", "document_tokens", "max_document_tokens",
                      "question_tokens", "top_k", "neighbours", "num_stages"):  # fmt: skip
             require_count(name, getattr(self, name), getattr(Retrieval, name))
+        require_count("requests_per_new_document", self.requests_per_new_document, 20)
         for name in ("top_k", "neighbours", "num_stages"):
             if getattr(self, name) > MOST_PER_REQUEST:
                 raise ValueError(
@@ -164,6 +168,7 @@ class _Search:
             name: generator(seed, name)
             for name in ("topics", "chosen_companions", "other_candidates", "found_stages")
         }
+        self._num_asked = 0
         missed = (1 - load.found_per_stage) ** np.arange(1, load.num_stages)
         self._found_up_to = 1 - missed
 
@@ -181,7 +186,17 @@ class _Search:
         shown = distinct(others, shown, load.num_documents)
         uniforms = self._streams["found_stages"].random((count, top_k))
         found_at = np.searchsorted(self._found_up_to, uniforms, side="right")
+        shown = self._drifted(shown)
         return stage_lists(shown[:, :top_k], shown[:, top_k:], found_at, load.num_stages)
+
+    def _drifted(self, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The documents that have these ranks when each request comes."""
+        every, first = self._load.requests_per_new_document, self._num_asked
+        self._num_asked += len(ranks)
+        if every is None:
+            return ranks
+        moved = np.arange(first, self._num_asked) // every
+        return (ranks - moved[:, None]) % self._load.num_documents
 
     def _with_companions(self, topics: NDArray[np.int64], num_chosen: int) -> NDArray[np.int64]:
         """Each topic and some of its companions, all as likely, shape (topics, 1 + num_chosen)."""

@@ -183,6 +183,16 @@ def test_where_a_chunk_ends_changes_nothing_and_a_seed_repeats_it(end: dict[str,
     assert load.documents(5).tokens.tolist() == load.documents(5).tokens.tolist()
 
 
+def test_a_document_sinks_a_rank_whenever_another_becomes_the_most_popular() -> None:
+    still = _lists(Retrieval(**SMALL))
+    drifting = Retrieval(**SMALL, requests_per_new_document=7)
+    moved = np.arange(len(still))[:, None, None] // 7
+    np.testing.assert_array_equal(
+        _lists(drifting), (still - moved) % drifting.num_documents
+    )  # fmt: skip
+    assert _all(drifting, 5, chunk_rows=7) == _all(drifting, 5)
+
+
 def test_the_search_does_not_depend_on_rate_lengths_or_stages() -> None:
     base = _lists(Retrieval(**SMALL))[:, -1]
     for changed in ({"rate_per_s": 9.0}, {"output_tokens": 7}, {"found_per_stage": 0.1},
@@ -229,6 +239,7 @@ def test_the_smallest_corpus_serves() -> None:
         ({"neighbours": 65}, r"neighbours=65 must be at most 64; try neighbours=8"),
         ({"num_stages": 0}, r"num_stages=0 must be at least 1; try num_stages=4"),
         ({"num_stages": 100}, r"num_stages=100 must be at most 64"),
+        ({"requests_per_new_document": 0}, r"requests_per_new_document=0 must be at least 1; try"),
         ({"found_per_stage": 0.0}, r"found_per_stage=0.0 must be above 0"),
         ({"found_per_stage": 1.1}, r"found_per_stage=1.1 must be above 0 and at most 1"),
         ({"popular_requests": 0.01}, r"popular_requests=0.01 must be"),
