@@ -69,7 +69,7 @@ def run_ranks(
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="diptych-ranks-") as folder:
         job = _Job(work, arguments, size, store.port, Path(folder), device, dict(os.environ))
-        process_context()
+        process_context()  # so that what `start_processes` takes by its name imports ahead
         context: Any = start_processes(
             _rank, (job,), nprocs=size, join=False, start_method=START_METHOD
         )

@@ -5,7 +5,7 @@ The simulated panel knows the calibrated iterations and copies and nothing of th
 of a search take a given time on both panels: faiss answers within it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -181,58 +181,57 @@ def _copy_line(costs: Costs) -> Line:
     )  # fmt: skip
 
 
+Compared = Callable[[Floats], tuple[float, float]]
+"""The simulated and the measured figure of TTFTs that were drawn, a row a side."""
+
+
 def _mean_line(name: str, runs: Runs, accepted: float | None, seed: int) -> Line:
     """Mean TTFT over all requests of all repeats."""
-    repeats = [
-        [*np.stack(pair, axis=1)[:, :, None]]
-        for pair in zip(map(_ttft_s, runs.simulated), map(_ttft_s, runs.measured), strict=True)
-    ]
 
-    def error(drawn: Floats) -> float:
-        ours, theirs = drawn.mean(axis=1)
-        return abs(ours / theirs - 1)
+    def means(drawn: Floats) -> tuple[float, float]:
+        ours, theirs = drawn.mean(axis=1).tolist()
+        return ours, theirs
 
-    pooled = np.concatenate([row for rows in repeats for row in rows], axis=1)
-    low, high = two_stage(repeats, error, seed)
-    ours, theirs = pooled.mean(axis=1)
-    again = reproduced.median_error([_ttft_s(trace).mean(keepdims=True) for trace in runs.measured])
-    return Line(
-        question="time", metric=f"{name}: mean TTFT", simulated=f"{ours * 1e3:.1f} ms",
-        measured=f"{theirs * 1e3:.1f} ms", error=error(pooled), low=low, high=high,
-        accepted=accepted, verdict=judge_error(error(pooled), low, high, accepted, again),
-        note="" if again is None else f"{name}: a real run deviates from another by {again:.1%}",
-    )  # fmt: skip
+    sides = (runs.simulated, runs.measured)
+    return _judged(f"{name}: mean TTFT", "{:.3f} s", sides, means, accepted, seed)
 
 
-def _ratio_line(
-    name: str, pair: tuple[Runs, Runs], accepted: float | None, seed: int
-) -> Line:  # fmt: skip
+def _ratio_line(name: str, pair: tuple[Runs, Runs], accepted: float | None, seed: int) -> Line:
     """Mean TTFT of one variant over that of another."""
-    above, below = pair
-    sides = (above.simulated, above.measured, below.simulated, below.measured)
-    repeats = [
-        [*np.stack([_ttft_s(trace) for trace in four], axis=1)[:, :, None]]
-        for four in zip(*sides, strict=True)
-    ]
 
     def ratios(drawn: Floats) -> tuple[float, float]:
-        means = drawn.mean(axis=1)
-        return float(means[0] / means[2]), float(means[1] / means[3])
+        means = drawn.mean(axis=1).tolist()
+        return means[0] / means[2], means[1] / means[3]
+
+    above, below = pair
+    sides = (above.simulated, above.measured, below.simulated, below.measured)
+    return _judged(f"mean TTFT, {name}", "{:.3f}", sides, ratios, accepted, seed)
+
+
+def _judged(
+    metric: str, form: str, sides: Sequence[Sequence[Trace]], compared: Compared,
+    accepted: float | None, seed: int,
+) -> Line:  # fmt: skip
+    """A figure of all requests of all repeats, with its interval, judged."""
+    repeats = [
+        [*np.stack([request_times(trace).ttft_s for trace in same], axis=1)[:, :, None]]
+        for same in zip(*sides, strict=True)  # by generation, and so in order of request
+    ]
 
     def error(drawn: Floats) -> float:
-        ours, theirs = ratios(drawn)
+        ours, theirs = compared(drawn)
         return abs(ours / theirs - 1)
 
-    pooled = np.concatenate([row for rows in repeats for row in rows], axis=1)
-    low, high = two_stage(repeats, error, seed)
-    ours, theirs = ratios(pooled)
     each = [np.concatenate(rows, axis=1) for rows in repeats]
-    again = reproduced.median_error([np.array(ratios(rows)[1:]) for rows in each])
+    pooled = np.concatenate(each, axis=1)
+    ours, theirs = compared(pooled)
+    low, high = two_stage(repeats, error, seed)
+    again = reproduced.median_error([np.array(compared(rows)[1:]) for rows in each])
     return Line(
-        question="time", metric=f"mean TTFT, {name}", simulated=f"{ours:.3f}",
-        measured=f"{theirs:.3f}", error=error(pooled), low=low, high=high, accepted=accepted,
+        question="time", metric=metric, simulated=form.format(ours), measured=form.format(theirs),
+        error=error(pooled), low=low, high=high, accepted=accepted,
         verdict=judge_error(error(pooled), low, high, accepted, again),
-        note="" if again is None else f"{name}: a real ratio deviates from another by {again:.1%}",
+        note="" if again is None else f"{metric}: one real run deviates from another by {again:.1%}",
     )  # fmt: skip
 
 
@@ -246,9 +245,3 @@ def _hit_line(name: str, runs: Runs) -> Line:
         question="time", metric=f"{name}: documents found cached", simulated=f"{ours:.1%}",
         measured=f"{theirs:.1%}", error=None, verdict=Verdict.reported,
     )  # fmt: skip
-
-
-def _ttft_s(trace: Trace) -> Floats:
-    """TTFT of every request, in order of request."""
-    times = request_times(trace)  # by generation, whose number begins with that of its request
-    return times.ttft_s
