@@ -231,7 +231,7 @@ def _judged(
         question="time", metric=metric, simulated=form.format(ours), measured=form.format(theirs),
         error=error(pooled), low=low, high=high, accepted=accepted,
         verdict=judge_error(error(pooled), low, high, accepted, again),
-        note="" if again is None else f"{metric}: one real run deviates from another by {again:.1%}",
+        note="" if again is None else f"{metric}: a real run deviates from another by {again:.1%}",
     )  # fmt: skip
 
 
