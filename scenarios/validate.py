@@ -92,10 +92,7 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
             f"accept names {unknown}, which nothing judges; there are: {', '.join(judged)}"
         )
     _warn_of_no_effect(rest)
-    if options.corrupt is Fault.stale_block and not prefix_caching:
-        raise ValueError(
-            "corrupt=stale_block needs blocks that stay cached; add engine.prefix_caching=true"
-        )
+    _require_fault(study, options, last)
     out = Path(options.out or Path("runs") / study / "validation")
     claim_folder(out, (ANSWERS, PICTURE, REQUESTS), "validation")
     routings: dict[str, Routing] = {}
@@ -120,6 +117,23 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
         study, options, policies, accept, out, prefix_caching, last.num_replicas, routings, *sizes,
         last.policy.instance_plan, tuple(last.faults), lanes, knowledge,
     )  # fmt: skip
+
+
+def _require_fault(study: str, options: Options, last: Study) -> None:
+    """Refuse a fault that the study cannot have.
+
+    Raises:
+        ValueError: it keeps no prefixes whose blocks could be stale.
+    """
+    if options.corrupt is Fault.stale_block and retrieves(last):
+        raise ValueError(
+            f"corrupt=stale_block is a fault of prefix caching, and study {study} keeps documents "
+            "instead; take corrupt=skip_free or drop_copy"
+        )
+    if options.corrupt is Fault.stale_block and not last.engine.prefix_caching:
+        raise ValueError(
+            "corrupt=stale_block needs blocks that stay cached; add engine.prefix_caching=true"
+        )
 
 
 def _warn_of_no_effect(overrides: Sequence[str]) -> None:

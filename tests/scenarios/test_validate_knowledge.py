@@ -59,6 +59,16 @@ def test_an_accepted_error_of_another_kind_of_study_is_refused(diptych, workplac
     assert "ttft_mean_error" in errors
 
 
+def test_a_fault_that_it_cannot_have_is_refused(diptych, workplace):
+    code, _, errors = diptych(
+        "validate", "-cn", "ragcache", "corrupt=stale_block", "engine.prefix_caching=true",
+        f"out={workplace / 'x'}",
+    )  # fmt: skip
+    assert code == 2
+    assert "corrupt=stale_block is a fault of prefix caching, and study ragcache" in errors
+    assert "take corrupt=skip_free or drop_copy" in errors
+
+
 def test_the_last_rule_is_the_one_that_others_are_compared_with():
     rules = policies("cache_eviction")
     base = Rules(None, rules["lru"](), None, None)
