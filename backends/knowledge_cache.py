@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import NamedTuple, Protocol
 
 from backends.corruption import Corruption
@@ -120,6 +121,8 @@ class KnowledgeFeed:
             rules.retrieval_overlap, tiers.documents, may_give_up=mishaps.gives_up
         )
         self._lost_s, self._restart_s = deque(mishaps.lost_s), mishaps.restart_s
+        self._ready_s = 0.0
+        """When the device computes again after a loss."""
         self._leaves_s: deque[tuple[float, int]] = deque()
         """When clients leave, in order, and of which requests."""
         if mishaps.timeout_s is not None:
@@ -136,25 +139,25 @@ class KnowledgeFeed:
         found = self._searcher.due()
         now_s = time.perf_counter() - start
         gone: set[int] = set()
-        self._lose(replica, now_s)
         for one in found:
+            self._go_wrong(replica, one.instant_s, now_s, gone)
             question = self._seen(one)
             matters = self._generations.matters(question, one.stage)
             if matters and self._generations.wants(question):
                 self._decide(replica, question, one, now_s, gone)
-        while self._leaves_s and self._leaves_s[0][0] <= now_s:
-            self._give_up(replica, self._questions[self._leaves_s.popleft()[1]], now_s, gone)
-        if self._order.sorts:
+        self._go_wrong(replica, now_s, now_s, gone)
+        if self._order.is_due(replica.waiting):
             queue = self._order.arrange(replica.observe(), gone)
             if queue is not None:
                 replica.waiting = queue
+        if replica.waiting or replica.num_running:
+            time.sleep(max(self._ready_s - now_s, 0.0))
         return now_s, ()
 
     def wait(self, start: float) -> bool:
-        """Wait for the next stage to end, or client to leave; False when all searches are over."""
-        timeout_s = None
-        if self._leaves_s:
-            timeout_s = max(self._leaves_s[0][0] - (time.perf_counter() - start), 0.0)
+        """Wait for the next news; False when all searches are over."""
+        next_s = min(self._next_s(), default=None)
+        timeout_s = None if next_s is None else max(next_s - (time.perf_counter() - start), 0.0)
         return self._searcher.wait(timeout_s) or not self._searcher.done
 
     def answered(self, request_id: int, finish_s: float) -> None:
@@ -202,12 +205,23 @@ class KnowledgeFeed:
             gone.add(generation)
             replica.cancel(generation, now_s)
 
+    def _next_s(self) -> list[float]:
+        """When the next loss comes and the next client leaves."""
+        lost_s = [self._lost_s[0]] if self._lost_s else []
+        return lost_s + ([self._leaves_s[0][0]] if self._leaves_s else [])
+
+    def _go_wrong(self, replica: Replica, until_s: float, now_s: float, gone: set[int]) -> None:
+        """Losses and clients that leave up to an instant, in order."""
+        while (next_s := min(self._next_s(), default=inf)) <= until_s:
+            if self._lost_s and self._lost_s[0] == next_s:
+                self._lost_s.popleft()
+                self._lose(replica, now_s)
+            else:
+                question = self._questions[self._leaves_s.popleft()[1]]
+                self._give_up(replica, question, now_s, gone)
+
     def _lose(self, replica: Replica, now_s: float) -> None:
-        """Lose the KV on the device if its instant has come: who ran is computed again."""
-        if not self._lost_s or self._lost_s[0] > now_s:
-            return
-        while self._lost_s and self._lost_s[0] <= now_s:
-            self._lost_s.popleft()
+        """All KV on the device is gone: who ran is computed again."""
         running = tuple(seat.request_id for seat in replica.observe().seats)
         store = self.store
         if not loses(len(running), None if store is None else store.prefixes):
@@ -216,7 +230,7 @@ class KnowledgeFeed:
         replica.preempt(running, now_s)
         if store is not None:
             store.lose(now_s)
-        time.sleep(self._restart_s)
+        self._ready_s = max(self._ready_s, now_s) + self._restart_s
 
 
 def serve_knowledge(  # noqa: PLR0913, PLR0917  what a knowledge cache is made of

@@ -26,7 +26,8 @@ def process_context() -> "ForkServerContext | SpawnContext":
 def adopt_environment(environment: Mapping[str, str]) -> None:
     """Called first in a process: take over its parent's variables of now.
 
-    The server has those of the time at which it was started.
+    The server has those of the time at which it was started. What torch read while it was
+    imported there, such as OMP_NUM_THREADS, stays as it was then.
     """
     os.environ.clear()
     os.environ.update(environment)

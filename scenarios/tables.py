@@ -146,10 +146,10 @@ def other_table(figures: Mapping[str, Figure]) -> Table:
     table = grid(None, "", "")
     table.show_header = False
     for name, label in OTHERS.items():
-        if name in ONLY_AFTER_MISHAPS and not figures[name].mean:
-            continue
         # Results that were saved before a figure was there lack it.
-        if name in figures and not math.isnan(figures[name].mean):
+        if name not in figures or (name in ONLY_AFTER_MISHAPS and not figures[name].mean):
+            continue
+        if not math.isnan(figures[name].mean):
             table.add_row(label, with_interval(name, figures[name]))
     return table
 

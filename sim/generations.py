@@ -147,9 +147,7 @@ class Generations:
         generation = request_id * MAX_STAGES + stage
         self._attempts[request_id] = Attempt(generation, view.documents)
         asked = question.request
-        prompt = asked.prompt_tokens
-        if not view.final:
-            prompt = prompt_tokens(question, view.documents, self._tokens)
+        prompt = prompt_tokens(question, view.documents, self._tokens)
         request = Request(
             generation, asked.arrival_s, prompt, asked.output_tokens, asked.max_output_tokens
         )

@@ -39,9 +39,14 @@ def knowledge_figures(trace: Trace, block_bytes: int) -> dict[str, float]:
     figures = (
         (gpu + host) / retrieved, gpu / retrieved, host / retrieved, int(out) * block_bytes,
         int(back) * block_bytes, int((found & (trace.stages["stopped"] >= 0)).sum()),
-        int((trace.stages["stage"] == GIVEN_UP).sum()), int((trace.stages["stage"] == LOST).sum()),
+        clients_left(trace), int((trace.stages["stage"] == LOST).sum()),
     )  # fmt: skip
     return dict(zip(NAMES, figures, strict=True))
+
+
+def clients_left(trace: Trace) -> int:
+    """Clients that left before they had their full answer."""
+    return int((trace.stages["stage"] == GIVEN_UP).sum())
 
 
 def mean_search_s(trace: Trace, generations: NDArray[np.int64]) -> float:

@@ -5,9 +5,11 @@ from collections.abc import Callable
 import numpy as np
 
 from hardware_models.schema import Node
+from sim.costs.base import IterationCost
 from sim.generations import MAX_STAGES, prompt_tokens, questions
 from sim.knowledge_mishaps import Mishaps
 from sim.knowledge_rules import Rules, Tiers
+from sim.metrics import request_times
 from sim.models.work import IterationShape
 from sim.node_choice import node_of
 from sim.policies.estimate import PrefillProfile
@@ -50,7 +52,7 @@ def tiers_of(scenario: Scenario, setup: Setup, seed: int) -> Tiers:
     return Tiers(
         documents=knowledge_workload(scenario).documents(seed),
         host_blocks=knowledge.host_bytes // block_bytes,
-        prefill_s=estimator_of(setup).seconds,
+        prefill_s=estimator_of(setup.cost, setup.max_model_tokens).seconds,
         copy_s=_copy_s(scenario, block_bytes),
         reuse=knowledge.reuse,
         replicate_from=knowledge.replicate_from,
@@ -76,23 +78,33 @@ def search_of(scenario: Scenario, num_documents: int) -> Search:
     )
 
 
-def estimator_of(setup: Setup) -> PrefillProfile:
+def estimator_of(cost: IterationCost, max_tokens: int) -> PrefillProfile:
     """What policies know of prefills: the cost on a grid, as an engine would profile itself."""
 
     def prefill_s(cached_tokens: int, new_tokens: int) -> float:
-        return setup.cost.iteration_s(IterationShape.of([(new_tokens, cached_tokens)], [], 1))
+        return cost.iteration_s(IterationShape.of([(new_tokens, cached_tokens)], [], 1))
 
-    return PrefillProfile.measured(prefill_s, setup.max_model_tokens)
+    return PrefillProfile.measured(prefill_s, max_tokens)
 
 
 def simulate_knowledge_seed(scenario: Scenario, setup: Setup, seed: int) -> Trace:
-    """The trace of one run of a scenario that retrieves."""
-    tiers = tiers_of(scenario, setup, seed)
-    return simulate_knowledge(
+    """The trace of one run of a scenario that retrieves.
+
+    Raises:
+        ValueError: no client waited for its answer.
+    """
+    tiers, timeout_s = tiers_of(scenario, setup, seed), scenario.knowledge.timeout_s
+    trace = simulate_knowledge(
         questions(knowledge_workload(scenario), seed, setup.max_model_tokens),
         rules_of(scenario), setup.limits, Costed(setup.cost), tiers,
         search_of(scenario, len(tiers.documents)), mishaps=mishaps_of(scenario),
     )  # fmt: skip
+    if timeout_s is not None and not len(request_times(trace).request):
+        raise ValueError(
+            f"knowledge.timeout_s={timeout_s}: every client left before it had its full answer, so "
+            "that there is nothing to sum up; let them wait longer, or ask for less"
+        )
+    return trace
 
 
 def check_knowledge(scenario: Scenario, setup: Setup, seed: int) -> None:

@@ -85,7 +85,7 @@ def request_times(trace: Trace) -> RequestTimes:
     events = trace.events
     done = np.sort(_of(events, State.finished))
     searches = trace.searches
-    if len(searches["generation"]):
+    if len(trace.stages["stage"]):
         done = np.intersect1d(done, searches["generation"])
     order = order[np.isin(ids, done)]
     ids = trace.requests["request"][order]

@@ -1,6 +1,7 @@
 """Keeps a replica's queue in the order that a rule gives: the same on both panels."""
 
 from collections import deque
+from collections.abc import Collection
 
 from sim.policies.batching.base import ReplicaView
 from sim.policies.request_order.base import RequestOrder, in_order
@@ -16,10 +17,9 @@ class QueueOrder:
         self._memory = rule.init()
         self._waited: set[int] = set()
 
-    @property
-    def sorts(self) -> bool:
-        """Whether the queue may be in another order than requests came."""
-        return type(self._rule) is not Fcfs
+    def is_due(self, waiting: Collection[object]) -> bool:
+        """Whether `arrange` has anything to do, with this queue."""
+        return type(self._rule) is not Fcfs and bool(waiting or self._waited)
 
     def arrange(self, view: ReplicaView, gone: set[int]) -> deque[RequestView] | None:
         """The queue for the coming decision; None: as it is.
@@ -28,7 +28,7 @@ class QueueOrder:
             view: the replica now.
             gone: requests that left the queue since the last call and were not admitted.
         """
-        if not (self.sorts and (view.waiting or self._waited)):
+        if not self.is_due(view.waiting):
             return None
         ids = {request.request_id for request in view.waiting}
         admitted = sorted(self._waited - ids - gone)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from sim import metrics
-from sim.knowledge_metrics import knowledge_figures, mean_search_s
+from sim.knowledge_metrics import clients_left, knowledge_figures, mean_search_s
 from sim.metrics import RequestTimes, Slo
 from sim.scenario import Scenario
 from sim.setup import Setup
@@ -28,7 +28,7 @@ def summarise(scenario: Scenario, setup: Setup, trace: Trace) -> dict[str, float
         "counted_requests": len(counted.request),
         "overloaded": float(overloaded),
         "duration_s": duration_s,
-        **_rates(times, scenario.slo, duration_s),
+        **_rates(times, scenario.slo, duration_s, clients_left(trace)),
         **latencies(trace, counted, steady=not overloaded),
         "num_preemptions": int(times.num_preemptions.sum()),
         **metrics.rerouted(trace),
@@ -81,13 +81,14 @@ def _transfers(trace: Trace, setup: Setup) -> dict[str, float]:
                     strict=True))  # fmt: skip
 
 
-def _rates(times: RequestTimes, slo: Slo, duration_s: float) -> dict[str, float]:
+def _rates(times: RequestTimes, slo: Slo, duration_s: float, num_left: int) -> dict[str, float]:
+    """Rates, and the share that met the SLO: a client that left is one that did not."""
     met = metrics.met_slo(times, slo)
     return {
         "throughput_requests_per_s": len(times.request) / duration_s,
         "throughput_tokens_per_s": float(times.output_tokens.sum()) / duration_s,
         "goodput_requests_per_s": float(met.sum()) / duration_s,
-        "slo_share": float(met.mean()),
+        "slo_share": float(met.sum()) / (len(met) + num_left),
     }
 
 

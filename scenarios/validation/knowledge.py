@@ -107,9 +107,12 @@ def mishap_lines(rules: Rules, plan: "Plan") -> list[Line]:
     case = case._replace(tiers=case.tiers._replace(replicate_from=REPLICATE_FROM))
     span_s = count / cases.RATE_PER_S
     mishaps = Mishaps(lost_s=(span_s / 3, 2 * span_s / 3), timeout_s=TIMEOUT_S)
-    panels = run_both(rules, case, options.seed, options.device.value, mishaps=mishaps)
     plain = case._replace(tiers=case.tiers._replace(reuse=False))
-    right = run_both(rules, plain, options.seed, options.device.value).real.answers
+    try:
+        panels = run_both(rules, case, options.seed, options.device.value, mishaps=mishaps)
+        right = run_real(rules, plain, options.seed, options.device.value).answers
+    except ValueError as error:
+        return stopped_lines(name, error)
     wrong = sum(right[one] != answer for one, answer in panels.real.answers.items())
     stages = panels.real.trace.stages["stage"].tolist()
     note = f"{name}: {stages.count(LOST)} losses, {stages.count(GIVEN_UP)} of {count} clients left"
@@ -143,13 +146,21 @@ def run_both(
     mishaps: Mishaps = NO_MISHAPS,
 ) -> KnowledgePanels:  # fmt: skip
     """Search and answer for real, then replay the logged instants on the simulated panel."""
+    real = run_real(rules, case, seed, device, corruption, mishaps)
+    return KnowledgePanels(real, replay(real.trace, rules, case))
+
+
+def run_real(
+    rules: Rules, case: Case, seed: int, device: str, corruption: Corruption | None = None,
+    mishaps: Mishaps = NO_MISHAPS,
+) -> Answered:  # fmt: skip
+    """Search and answer for real, with the tiny model."""
     model = open_model("random", device)[1]
     texts = case.texts(model.config.vocab_size, seed)
-    real = serve_knowledge(
+    return serve_knowledge(
         model, case.questions, case.searcher(), texts, rules, case.limits, case.tiers,
         corruption=corruption, mishaps=mishaps,
     )  # fmt: skip
-    return KnowledgePanels(real, replay(real.trace, rules, case))
 
 
 def replay(real: Trace, rules: Rules, case: Case) -> Trace:

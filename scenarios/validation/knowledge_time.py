@@ -26,10 +26,9 @@ from sim.costs.collective_fitting import AlphaBeta, fit_alpha_beta
 from sim.costs.fitted import Fitted
 from sim.knowledge_metrics import knowledge_figures
 from sim.knowledge_rules import Rules
+from sim.knowledge_setup import estimator_of
 from sim.metrics import request_times
-from sim.models.work import IterationShape
 from sim.policies.cache_eviction.base import CacheEviction
-from sim.policies.estimate import PrefillProfile
 from sim.processes.knowledge_cache import Search, simulate_knowledge
 from sim.processes.pace import Costed
 from sim.trace import Trace
@@ -91,7 +90,7 @@ def timed_runs(plan: "Plan", progress: Progress) -> tuple[dict[str, Runs], list[
     costs = CalibratedCosts(options, transformer, model.name)
     progress.advance(task)
     count = sizes.time_requests * REQUESTS_PER_TIMED
-    case = cases.timed(count, options.seed, profile(costs.cost()))
+    case = cases.timed(count, options.seed, estimator_of(costs.cost(), cases.CONTEXT).seconds)
     texts = case.texts(model.config.vocab_size, options.seed)
     measure = _copy_costs(case, transformer)
     spent = [Costs(costs.cost(), *measure())]
@@ -119,15 +118,6 @@ def timed_runs(plan: "Plan", progress: Progress) -> tuple[dict[str, Runs], list[
         for name, traces in measured.items()
     }
     return runs, [timing.machine_line(costs.spread()), *time_lines(plan, runs, spent[-1])]
-
-
-def profile(cost: Fitted) -> Callable[[int, int], float]:
-    """What the rules know of prefills: the calibrated cost on a grid, the same on both panels."""
-
-    def prefill_s(cached_tokens: int, new_tokens: int) -> float:
-        return cost.iteration_s(IterationShape.of([(new_tokens, cached_tokens)], [], 1))
-
-    return PrefillProfile.measured(prefill_s, cases.CONTEXT).seconds
 
 
 def predict(case: Case, variant: Variant, costs: Costs, stage_s: float = 0.0) -> Trace:

@@ -135,7 +135,7 @@ class Replayed:
         Args:
             instants_s: of every decision, increasing.
             ends_s: of the iteration after each.
-            others_s: instants at which something else was decided, such as to fetch KV.
+            others_s: instants at which something else was decided, such as to fetch KV, or noted.
             beyond_s: when an iteration ends that is not in the log, as the one is not in which a
                 replica died.
         """
@@ -148,11 +148,10 @@ class Replayed:
     def of(cls, trace: Trace) -> "Replayed":
         """The instants of a trace of one replica, all of whose decisions were asked for."""
         fetched_s = trace.hand_overs["fetched_s"]
-        return cls(
-            trace.iterations["start_s"].tolist(),
-            trace.iterations["end_s"].tolist(),
-            fetched_s[~np.isnan(fetched_s)].tolist(),
-        )
+        # A client that leaves may be noted where nothing is left to compute, and so no batch is.
+        others_s = [*fetched_s[~np.isnan(fetched_s)].tolist(), *trace.stages["instant_s"].tolist()]
+        iterations = trace.iterations
+        return cls(iterations["start_s"].tolist(), iterations["end_s"].tolist(), others_s)
 
     def decides_s(self, now_s: float) -> float:
         """The first logged instant from now on."""

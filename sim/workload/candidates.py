@@ -21,9 +21,14 @@ class Companions:
         num_documents: how many there are, one at least.
         neighbours: companions of a topic; fewer where there are fewer other documents.
         key: whatever random number makes them those of one seed.
+        drifts: whether documents become the most popular one after another, from the last number
+            down. The companions of such a topic are those popular when it comes up.
     """
 
-    def __init__(self, zipf: Zipf, num_documents: int, neighbours: int, key: int) -> None:
+    def __init__(
+        self, zipf: Zipf, num_documents: int, neighbours: int, key: int, *, drifts: bool = False
+    ) -> None:
+        self._drifts = drifts
         self._zipf = zipf
         self._num_documents = num_documents
         self.count = min(neighbours, num_documents - 1)
@@ -34,6 +39,10 @@ class Companions:
         """The companions of each topic, shape (topics, self.count): all different, none itself."""
         numbers = _mixed(_mixed(self._key + topics.astype(np.uint64))[:, None] + self._slots)
         drawn = self._zipf.ranks((numbers >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+        if self._drifts:
+            count = self._num_documents
+            came_up = np.where(topics > count // 2, count - topics, 0)
+            drawn = (drawn - came_up[:, None]) % count
         return distinct(drawn, topics[:, None], self._num_documents)[:, 1:]
 
 

@@ -163,7 +163,8 @@ class _Search:
         count, head = load.num_documents, (load.popular_share, load.popular_requests)
         self._zipf = Zipf(count, zipf_exponent(count, *head))
         key = int(generator(seed, "companions").integers(2**64, dtype=np.uint64))
-        self._companions = Companions(self._zipf, count, load.neighbours, key)
+        drifts = load.requests_per_new_document is not None
+        self._companions = Companions(self._zipf, count, load.neighbours, key, drifts=drifts)
         self._streams = {
             name: generator(seed, name)
             for name in ("topics", "chosen_companions", "other_candidates", "found_stages")
@@ -176,27 +177,26 @@ class _Search:
         """What the next requests find up to each stage, each of shape (count, top_k)."""
         load = self._load
         top_k = load.top_k
-        topics = self._zipf.ranks(self._streams["topics"].random(count))
+        moved = self._moved(count)
+        ranks = self._zipf.ranks(self._streams["topics"].random(count))
+        topics = (ranks - moved) % load.num_documents
         # Companions that the answer leaves over are what its search shows first instead.
         num_others = top_k if load.num_stages > 1 else 0
         num_chosen = min(top_k - 1 + num_others, self._companions.count)
         shown = self._with_companions(topics, num_chosen)
         missing = top_k + num_others - shown.shape[1]
         others = self._zipf.ranks(self._streams["other_candidates"].random((count, missing)))
+        others = (others - moved[:, None]) % load.num_documents
         shown = distinct(others, shown, load.num_documents)
         uniforms = self._streams["found_stages"].random((count, top_k))
         found_at = np.searchsorted(self._found_up_to, uniforms, side="right")
-        shown = self._drifted(shown)
         return stage_lists(shown[:, :top_k], shown[:, top_k:], found_at, load.num_stages)
 
-    def _drifted(self, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The documents that have these ranks when each request comes."""
+    def _moved(self, count: int) -> NDArray[np.int64]:
+        """By how many ranks documents have sunk when each of the next requests comes."""
         every, first = self._load.requests_per_new_document, self._num_asked
-        self._num_asked += len(ranks)
-        if every is None:
-            return ranks
-        moved = np.arange(first, self._num_asked) // every
-        return (ranks - moved[:, None]) % self._load.num_documents
+        self._num_asked += count
+        return np.arange(first, self._num_asked) // every if every else np.zeros(count, np.int64)
 
     def _with_companions(self, topics: NDArray[np.int64], num_chosen: int) -> NDArray[np.int64]:
         """Each topic and some of its companions, all as likely, shape (topics, 1 + num_chosen)."""

@@ -10,7 +10,7 @@ from scenarios import perfetto, plots
 from scenarios.cli import COMMANDS
 from scenarios.compare import changed
 from scenarios.saved import load
-from scenarios.tables import number, quantity, with_interval
+from scenarios.tables import number, other_table, quantity, with_interval
 from sim.plot_data import batch_sizes, counts, legible_window
 from sim.result import Figure
 from sim.trace import DECODE
@@ -186,3 +186,7 @@ def test_figures_read_well():
     assert quantity("slo_share", 0.995) == "99.5 %"
     assert quantity("ttft_p50_s", float("nan")) == "-"
     assert with_interval("e2e_mean_s", Figure(1.25, 0.06)) == "1.25 ± 0.06 s"
+
+
+def test_figures_that_older_results_lack_are_left_out():
+    assert other_table({}).row_count == 0

@@ -119,3 +119,19 @@ def test_other_workloads_have_no_such_figures():
     names = (*NAMES, "search_mean_s", "exposed_search_mean_s")
     assert all(math.isnan(figures[name]) for name in names)
     assert figures["queue_mean_s"] >= 0
+
+
+def test_clients_that_left_have_not_met_the_slo():
+    scenario = small()
+    scenario.knowledge.timeout_s = float(np.median(request_times(run(scenario).trace).e2e_s))
+    figures = run(scenario).figures[0]
+    assert figures["num_clients_left"] > 0
+    whole = figures["num_requests"] + figures["num_clients_left"]
+    assert figures["slo_share"] == pytest.approx(figures["num_requests"] / whole)
+
+
+def test_a_run_that_nobody_waits_for_is_refused():
+    scenario = small()
+    scenario.knowledge.timeout_s = 1e-6
+    with pytest.raises(ValueError, match=r"knowledge\.timeout_s=1e-06: every client left"):
+        run(scenario)

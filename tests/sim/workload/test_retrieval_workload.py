@@ -186,11 +186,20 @@ def test_where_a_chunk_ends_changes_nothing_and_a_seed_repeats_it(end: dict[str,
 def test_a_document_sinks_a_rank_whenever_another_becomes_the_most_popular() -> None:
     still = _lists(Retrieval(**SMALL))
     drifting = Retrieval(**SMALL, requests_per_new_document=7)
-    moved = np.arange(len(still))[:, None, None] // 7
-    np.testing.assert_array_equal(
-        _lists(drifting), (still - moved) % drifting.num_documents
-    )  # fmt: skip
+    moved = np.arange(len(still)) // 7
+    topics = (still[:, -1, 0] - moved) % drifting.num_documents
+    np.testing.assert_array_equal(_lists(drifting)[:, -1, 0], topics)
     assert _all(drifting, 5, chunk_rows=7) == _all(drifting, 5)
+
+
+def test_a_topic_keeps_its_companions_while_it_sinks() -> None:
+    load = Retrieval(
+        rate_per_s=1.0, num_requests=20_000, neighbours=4, num_stages=1, requests_per_new_document=9
+    )  # fmt: skip
+    found = _lists(load)[:, -1]
+    for topic in np.unique(found[:, 0]):
+        assert len(np.unique(found[found[:, 0] == topic, 1])) <= load.neighbours
+    assert len(np.unique(found[:, 0])) > 1000
 
 
 def test_the_search_does_not_depend_on_rate_lengths_or_stages() -> None:
