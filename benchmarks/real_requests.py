@@ -36,8 +36,8 @@ from sim.engine_profiles import VLLM_V1
 from sim.metrics import request_times
 from sim.models.architecture import known_architectures
 from sim.policies.batching.chunked_prefill import ChunkedPrefill
+from sim.processes.alone import simulate
 from sim.processes.pace import Costed
-from sim.processes.replica import simulate
 from sim.provenance import commit, machine
 from sim.scenario import CostFamily, Dtype, Model, Policies, Scenario
 from sim.setup import Setup

@@ -25,8 +25,8 @@ from sim.engine import Engine
 from sim.models.work import IterationShape
 from sim.policies.batching.chunked_prefill import ChunkedPrefill
 from sim.policies.batching.continuous import Continuous
+from sim.processes.alone import simulate
 from sim.processes.pace import Costed
-from sim.processes.replica import simulate
 from sim.provenance import commit, machine
 from sim.scenario import CostFamily, Model, Policies, Scenario
 from sim.setup import prepare

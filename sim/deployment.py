@@ -9,12 +9,12 @@ from sim.knowledge_setup import check_knowledge, retrieves, simulate_knowledge_s
 from sim.models.split import stage_layers
 from sim.placement import place
 from sim.policies.instance_plan.base import phases
+from sim.processes.alone import simulate
 from sim.processes.failover import Failures, simulate_failures
 from sim.processes.hand_over import simulate_hand_over
 from sim.processes.kv_moves import NetworkTransport
 from sim.processes.pace import Costed, Pace
 from sim.processes.pipeline import Pipeline, lanes_of
-from sim.processes.replica import simulate
 from sim.processes.router import Engines, simulate_replicas
 from sim.processes.slowed import slowed_paces
 from sim.scenario import Scenario

@@ -17,8 +17,8 @@ from sim.engine import ReplicaLimits
 from sim.models.architecture import Architecture
 from sim.models.parameters import kv_bytes_per_token
 from sim.policies.batching.base import Batching
+from sim.processes.alone import simulate
 from sim.processes.pace import Replayed
-from sim.processes.replica import simulate
 from sim.trace import State, Trace
 from sim.work_done import work_done
 from sim.workload.conversations import Conversations

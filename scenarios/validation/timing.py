@@ -21,8 +21,8 @@ from sim.engine import ReplicaLimits
 from sim.metrics import request_times, token_times
 from sim.models.work import IterationShape
 from sim.policies.batching.base import Batching
+from sim.processes.alone import simulate
 from sim.processes.pace import Costed, Jitter, Jittered
-from sim.processes.replica import simulate
 from sim.trace import PREFILL, Trace
 from sim.workload.poisson import Poisson
 from sim.workload.recorded import Recorded

@@ -13,15 +13,13 @@ from sim.engine import ReplicaLimits
 from sim.models.work import IterationShape
 from sim.policies.batching.base import DECODE, ONE_BY_ONE, Batch, Batching, Wake
 from sim.processes.exact_time import ExactEnvironment
-from sim.processes.feed import Feed
 from sim.processes.hooks import Copier, Finished, Inlet, News, PassOn
 from sim.processes.pace import Pace
 from sim.recorder import Recorder
 from sim.requests import Request, RequestView
 from sim.state.prefixes import Prefixes
 from sim.state.replica_state import ReplicaState, Seat
-from sim.trace import State, Trace
-from sim.workload.source import Source
+from sim.trace import State
 
 
 class Replica:
@@ -42,6 +40,7 @@ class Replica:
         inlet: Inlet | None = None,
         prefixes: Prefixes | None = None,
         copier: Copier | None = None,
+        driven: bool = False,
     ) -> None:
         self.environment = environment
         self.number = number
@@ -69,8 +68,10 @@ class Replica:
         self._unseen: deque[News] | None = deque() if schedules_ahead else None
         self._decided_s = 0.0
         """Start of the last iteration: when the decision at its end was taken, if ahead."""
+        self._begun: Batch | None = None
         self._serving = self.serve()
-        self.process = environment.process(self._serving)
+        if not driven:  # else somebody calls `begin` and `end`, for several replicas at once
+            environment.process(self._serving)
 
     def submit(self, request: Request, generated_tokens: int = 0) -> None:
         """Take a request at its arrival. One that comes in mid-run ends the run at a boundary.
@@ -247,9 +248,39 @@ class Replica:
         self._joined.append(request.request_id)
         self.recorder.event(request.request_id, self.environment.now, State.decoding)
 
+    def begin(self) -> Batch | None:
+        """Decide on an iteration and apply it; None: there is nothing to do."""
+        state = self.state
+        if not state.waiting and not state.num_running:
+            return None
+        batch = self.batching.next_batch(self._memory, state)
+        decodes = batch.decode and state.num_decoding
+        if not (decodes or batch.prefill or batch.preempt or batch.admit):
+            return None
+        self._enter(batch)
+        self._begun = batch
+        return batch
+
+    def end(self) -> None:
+        """The iteration that was begun is over, now."""
+        batch = self._begun
+        assert batch is not None
+        self._begun = None
+        self.recorder.passed((self._decided_s, self.environment.now))
+        self._complete(batch.prefill)
+
     def _iterate(self, batch: Batch) -> float:
         """Apply and record a batch that is one iteration; returns its end."""
-        state, now = self.state, self.environment.now
+        shape = self._enter(batch)
+        # Copies come first, as the batch takes the blocks that they free and reads what they bring.
+        copy_s = 0.0 if self._copier is None else self._copier.copy(self._decided_s)
+        boundaries = self.pace.iteration(self._decided_s + copy_s, shape)
+        self.recorder.passed(boundaries)
+        return boundaries[1]
+
+    def _enter(self, batch: Batch) -> IterationShape:
+        """Apply and record a batch; the work of its iteration."""
+        state = self.state
         before = state.observed()
         try:
             shape = self._apply(batch)
@@ -257,15 +288,11 @@ class Replica:
             raise ValueError(self._complaint(f"{batch}: {error}")) from error
         if shape.num_decodes:
             state.decode(1)
-        # Copies come first, as the batch takes the blocks that they free and reads what they bring.
-        copy_s = 0.0 if self._copier is None else self._copier.copy(now)
-        boundaries = self.pace.iteration(now + copy_s, shape)
-        self._decided_s = now
+        self._decided_s = self.environment.now
         self._log(1, before, shape, batch)
-        self.recorder.passed(boundaries)
         if state.free_blocks < 0 or state.num_running > state.limits.max_num_seqs:
             raise ValueError(self._complaint(f"{batch} takes more blocks or seats than there are"))
-        return boundaries[1]
+        return shape
 
     def _apply(self, batch: Batch) -> IterationShape:
         """Move requests as the batch says; returns the work of the iteration."""
@@ -355,43 +382,3 @@ class Replica:
             f"policy {name} at {self.environment.now} s: {problem} (free blocks "
             f"{state.free_blocks}, running {state.num_running}, {state.limits}); mend the policy"
         )
-
-
-def simulate(
-    source: Source,
-    batching: Batching,
-    limits: ReplicaLimits,
-    pace: Pace,
-    *,
-    one_by_one: bool = False,
-    schedules_ahead: bool = False,
-) -> Trace:
-    """Serve all requests of a source on one replica; the requests that arrive decide the end.
-
-    Args:
-        source: requests in order of arrival; a closed loop issues the next one at an answer.
-        batching: decides every iteration.
-        limits: of the engine.
-        pace: how long iterations last.
-        one_by_one: ask the policy at every iteration, also where its decision stands.
-        schedules_ahead: each iteration is decided when the one before it begins, so a request that
-            arrives meanwhile is seen one decision later; an idle replica decides at once.
-
-    Raises:
-        ValueError: the policy overbooks blocks or seats, or leaves requests unserved.
-    """
-    environment = ExactEnvironment()
-    feed = Feed(environment, source)
-    replica = Replica(
-        environment, batching, limits, pace,
-        one_by_one=one_by_one, schedules_ahead=schedules_ahead, finished=feed.answered,
-    )  # fmt: skip
-    feed.start(replica.submit)
-    environment.run()
-    unserved = replica.state.num_unfinished
-    if unserved:
-        raise ValueError(
-            f"policy {type(batching).__name__} left {unserved} requests unserved and waits for "
-            "arrivals that never come; mend the policy"
-        )
-    return replica.recorder.trace()

@@ -38,8 +38,9 @@ class StageTimes(NamedTuple):
         outside_s: float = 0.0,
     ) -> "StageTimes":  # fmt: skip
         """The same in all layers and for all micro-batches; `sizes`: (layers, micro-batches)."""
-        full = [np.full(sizes, one) for one in (attention_s, transfer_s, expert_s, transfer_s)]
-        return cls(*full, np.full(sizes[1], outside_s))
+        way_s = np.full(sizes, transfer_s)
+        outside = np.full(sizes[1], outside_s)
+        return cls(np.full(sizes, attention_s), way_s, np.full(sizes, expert_s), way_s, outside)
 
 
 class Visit(NamedTuple):

@@ -16,8 +16,8 @@ from sim.models.architecture import load_architecture
 from sim.models.work import IterationShape
 from sim.policies.batching.base import Batching
 from sim.policies.registry import policies
+from sim.processes.alone import simulate
 from sim.processes.pace import Costed
-from sim.processes.replica import simulate
 from sim.trace import Trace
 from sim.workload.base import Workload
 from sim.workload.recorded import Recorded

@@ -3,7 +3,17 @@
 import pytest
 from source_tree import ROOT, sources
 
-HELPERS = {"exact_time", "feed", "pace", "slowed", "network", "kv_moves", "hooks"}
+HELPERS = {
+    "alone",
+    "stations",
+    "exact_time",
+    "feed",
+    "pace",
+    "slowed",
+    "network",
+    "kv_moves",
+    "hooks",
+}
 """Modules beside the executors: the clock, how long things last, how long bytes are on the way."""
 EXECUTORS = sorted(
     path.stem for path in sources("sim/processes") if path.stem not in HELPERS | {"__init__"}

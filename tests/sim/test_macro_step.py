@@ -23,9 +23,10 @@ from simpy.events import Event
 from sim.decision_rows import canonical, expand
 from sim.engine import ReplicaLimits
 from sim.policies.batching.base import Batching
+from sim.processes.alone import simulate
 from sim.processes.exact_time import ExactEnvironment
 from sim.processes.pace import Costed, Jitter, Jittered
-from sim.processes.replica import Replica, simulate
+from sim.processes.replica import Replica
 from sim.trace import State, Trace
 from sim.workload.source import Source
 

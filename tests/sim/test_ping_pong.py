@@ -1,7 +1,7 @@
 """The event simulation of a ping-pong pipeline against the paper's closed form and brute force."""
 
 from fractions import Fraction
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -76,7 +76,7 @@ def test_stations_of_any_times_serve_in_order_and_one_at_a_time(
     draw = lambda shape: np.array(  # noqa: E731
         data.draw(st.lists(EXACT, min_size=int(np.prod(shape)), max_size=int(np.prod(shape))))
     ).reshape(shape)
-    times = StageTimes(*(draw(sizes) for _ in range(4)), draw((count,)))
+    times = StageTimes(draw(sizes), draw(sizes), draw(sizes), draw(sizes), draw((count,)))
     environment, visits = ExactEnvironment(), list[Visit]()
     environment.run(until=Iteration(environment, times, visited=visits.append).done)
     assert Fraction(environment.now) == by_hand(times)
@@ -85,7 +85,7 @@ def test_stations_of_any_times_serve_in_order_and_one_at_a_time(
         order = [(visit.layer, visit.micro_batch) for visit in mine]
         rounds = layers + (station == 0)
         assert order == list(product(range(rounds), range(count)))
-        assert all(a.end_s <= b.start_s for a, b in zip(mine, mine[1:], strict=False))
+        assert all(a.end_s <= b.start_s for a, b in pairwise(mine))
 
 
 @pytest.mark.parametrize("expert_s", [0.25, 0.75, 1.0])
@@ -133,7 +133,7 @@ def test_gains_of_figure_14_follow_from_the_shares_derived_from_them(
 def test_transfers_may_be_events_of_a_network_that_takes_as_long() -> None:
     environment, times = ExactEnvironment(), StageTimes.alike(1.0, 1.0, 0.25, (4, 3))
 
-    def way(station: int, layer: int, micro_batch: int):  # noqa: ANN202
+    def way(station: int, layer: int, micro_batch: int):
         return environment.boundary(environment.now + float(times[station][layer, micro_batch]))
 
     environment.run(until=Iteration(environment, times, way).done)

@@ -28,9 +28,9 @@ from sim.models.work import IterationShape
 from sim.policies.instance_plan.prefill_decode import PrefillDecode
 from sim.policies.routing.least_loaded import LeastLoaded
 from sim.policies.routing.round_robin import RoundRobin
+from sim.processes.alone import simulate
 from sim.processes.pace import Costed, Replayed
 from sim.processes.pipeline import Pipeline, lanes_of
-from sim.processes.replica import simulate
 from sim.processes.router import Engines, RouterLog, simulate_replicas
 from sim.scenario import Model, Policies, Scenario
 from sim.trace import State, Trace

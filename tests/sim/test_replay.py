@@ -8,8 +8,8 @@ from serving_cases import POLICIES, Case, Grid, cases, recorded, run_case
 
 from sim.decision_rows import canonical, expand
 from sim.engine import ReplicaLimits
+from sim.processes.alone import simulate
 from sim.processes.pace import Replayed
-from sim.processes.replica import simulate
 from sim.requests import Request
 from sim.trace import Trace
 from sim.workload.recorded import Recorded

@@ -20,8 +20,8 @@ from sim.policies.routing.base import RouterView, Routing
 from sim.policies.routing.least_loaded import LeastLoaded, Load
 from sim.policies.routing.prefix_aware import PrefixAware
 from sim.policies.routing.round_robin import RoundRobin
+from sim.processes.alone import simulate
 from sim.processes.pace import Costed, Replayed
-from sim.processes.replica import simulate
 from sim.processes.router import Engines, RouterLog, simulate_replicas
 from sim.requests import RequestView
 from sim.state.router_state import RouterState

@@ -25,8 +25,8 @@ from sim.engine import Engine, ReplicaLimits
 from sim.faults import Fault, Kind, Part
 from sim.policies.routing.least_loaded import LeastLoaded
 from sim.policies.routing.round_robin import RoundRobin
+from sim.processes.alone import simulate
 from sim.processes.pace import Costed
-from sim.processes.replica import simulate
 from sim.processes.router import Engines, simulate_replicas
 from sim.processes.slowed import Slowed, slowed_paces, split_of
 from sim.result import Result

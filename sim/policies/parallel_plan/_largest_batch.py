@@ -1,6 +1,6 @@
 """The largest batch that a deployment decodes within its memory and its SLO, or what it lacks."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, NoReturn
 
 from sim.policies.parallel_plan.base import Deployment, GpuType, Part, Plan, PlanView
@@ -38,31 +38,49 @@ class Shortfall(NamedTuple):
 
 def largest_batch(view: PlanView, deployment: Deployment) -> Plan | Shortfall:
     """By binary search (Algorithm 1): an iteration never gets shorter with more requests."""
-    attention, experts, count = deployment
-    memory_bytes = attention.tp_size * _gpu(view.attention, attention).memory_bytes
+    _, experts, count = deployment
+    if experts is not None and (lack := _expert_shortfall(view, deployment, experts)) is not None:
+        return lack
+    fitting = fitting_tokens(view, deployment)
+    if fitting < 1:
+        held_bytes, memory_bytes = _attention_bytes(view, deployment)
+        needed = held_bytes + count * view.context_tokens * view.model.kv_bytes_per_token
+        return Shortfall(deployment, "attention memory", needed, memory_bytes)
+    alone_s = iteration_s(view, deployment, 1)
+    if alone_s > view.slo_tpot_s:
+        return Shortfall(deployment, "slo", alone_s, view.slo_tpot_s)
+    most = largest(fitting, lambda tokens: iteration_s(view, deployment, tokens) <= view.slo_tpot_s)
+    return plan_of(view, deployment, most, "memory" if most == fitting else "slo")
+
+
+def fitting_tokens(view: PlanView, deployment: Deployment) -> int:
+    """Requests of one micro-batch whose KV an attention node has room for (equation 8)."""
+    held_bytes, memory_bytes = _attention_bytes(view, deployment)
+    request_bytes = view.context_tokens * view.model.kv_bytes_per_token
+    fitting = (memory_bytes - held_bytes) // (deployment.num_micro_batches * request_bytes)
+    return min(int(fitting), MOST_NODE_TOKENS)
+
+
+def largest(most: int, holds: Callable[[int], bool]) -> int:
+    """The largest number from 0 to `most` for which something holds that holds for all below."""
+    low, high = 0, max(most, 0)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _attention_bytes(view: PlanView, deployment: Deployment) -> tuple[float, float]:
+    """Weights on an attention node, and its memory."""
+    attention, experts, _ = deployment
     held_bytes = view.model.attention_bytes
     if experts is None:
         all_experts = view.model.num_experts * view.model.expert_bytes
         held_bytes += all_experts * attention.tp_size / attention.num_gpus
-    elif (lack := _expert_shortfall(view, deployment, experts)) is not None:
-        return lack
-    request_bytes = view.context_tokens * view.model.kv_bytes_per_token
-    fitting = int((memory_bytes - held_bytes) // (count * request_bytes))
-    if fitting < 1:
-        needed = held_bytes + count * request_bytes
-        return Shortfall(deployment, "attention memory", needed, memory_bytes)
-    fitting = min(fitting, MOST_NODE_TOKENS)
-    alone_s = iteration_s(view, deployment, 1)
-    if alone_s > view.slo_tpot_s:
-        return Shortfall(deployment, "slo", alone_s, view.slo_tpot_s)
-    low, high = 1, fitting
-    while low < high:
-        middle = (low + high + 1) // 2
-        if iteration_s(view, deployment, middle) <= view.slo_tpot_s:
-            low = middle
-        else:
-            high = middle - 1
-    return plan_of(view, deployment, low, "memory" if low == fitting else "slo")
+    return held_bytes, attention.tp_size * _gpu(view.attention, attention).memory_bytes
 
 
 def plan_of(view: PlanView, deployment: Deployment, node_tokens: int, bound: str) -> Plan:
@@ -128,9 +146,7 @@ def refuse(lacking: list[Shortfall], what: str) -> NoReturn:
     )
 
 
-def _expert_shortfall(
-    view: PlanView, deployment: Deployment, experts: Part
-) -> Shortfall | None:
+def _expert_shortfall(view: PlanView, deployment: Deployment, experts: Part) -> Shortfall | None:
     each = -(-view.model.num_experts // experts.num_nodes)
     needed = each * view.model.expert_bytes
     allowed = experts.tp_size * _gpu(view.experts, experts).memory_bytes

@@ -43,8 +43,9 @@ class ExpertParallel(ParallelPlan):
     def plan(self, view: PlanView) -> Plan:
         """The deployment itself, at its largest batch."""
         gpu = known_gpu(self.gpu, view.attention, "gpu")
-        many, few = max(self.num_gpus, view.model.num_experts), min(
-            self.num_gpus, view.model.num_experts
+        many, few = (
+            max(self.num_gpus, view.model.num_experts),
+            min(self.num_gpus, view.model.num_experts),
         )
         if many % few:
             raise ValueError(

@@ -2,13 +2,22 @@
 
 For every pair of GPU types and of tensor-parallel sizes the number of attention nodes follows from
 balance, T_a = T_e; for every number of micro-batches the batch is the largest that the memory and
-the SLO allow.
+the SLO allow. The paper's balance takes both times to grow linearly with the batch. Where reading
+weights takes longer than computing they do not, so balance is also sought where the SLO or the
+memory ends the batch.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from sim.policies.parallel_plan._largest_batch import Shortfall, best, largest_batch
+from sim.policies.parallel_plan._largest_batch import (
+    MOST_NODE_TOKENS,
+    Shortfall,
+    best,
+    fitting_tokens,
+    largest,
+    largest_batch,
+)
 from sim.policies.parallel_plan.base import (
     Deployment,
     GpuType,
@@ -17,7 +26,7 @@ from sim.policies.parallel_plan.base import (
     Plan,
     PlanView,
 )
-from sim.state.ping_pong import MOST_MICRO_BATCHES
+from sim.state.ping_pong import MOST_MICRO_BATCHES, StageSeconds
 
 PROFILED = (32, 64, 128, 256, 512)
 """Requests of a micro-batch at which both kinds of node are profiled."""
@@ -34,7 +43,7 @@ class ExpertPlanSearch(ParallelPlan):
     num_micro_batches: list[int] = field(default_factory=lambda: [3, MOST_MICRO_BATCHES])
     """Numbers to try."""
     num_attention_nodes: list[int] = field(default_factory=list[int])
-    """Numbers to try; empty: the one that balances attention and experts."""
+    """Numbers to try; empty: those that balance attention and experts."""
     most_attention_nodes: int = 64
     """Where balance asks for more, so many."""
 
@@ -74,14 +83,16 @@ class ExpertPlanSearch(ParallelPlan):
         self, view: PlanView, attention: GpuType, experts: GpuType, sizes: tuple[int, int]
     ) -> Iterator[Plan | Shortfall]:
         expert_part = Part(experts.name, sizes[1], view.model.num_experts)
-        one = Deployment(Part(attention.name, sizes[0], 1), expert_part, 1)
-        counts = self.num_attention_nodes or [
-            min(balanced_nodes(view, one), self.most_attention_nodes)
-        ]
-        for count in counts:
-            for micro_batches in self.num_micro_batches:
+        for micro_batches in self.num_micro_batches:
+            one = Deployment(Part(attention.name, sizes[0], 1), expert_part, micro_batches)
+            for count in self.num_attention_nodes or self._balanced(view, one):
                 part = one.attention._replace(num_nodes=count)
-                yield largest_batch(view, Deployment(part, expert_part, micro_batches))
+                yield largest_batch(view, one._replace(attention=part))
+
+    def _balanced(self, view: PlanView, one: Deployment) -> list[int]:
+        """Numbers of attention nodes that keep both sides busy, as near as whole numbers come."""
+        found = {balanced_nodes(view, one), *nodes_at_bound(view, one)}
+        return sorted({min(max(count, 1), self.most_attention_nodes) for count in found})
 
 
 def balanced_nodes(view: PlanView, deployment: Deployment) -> int:
@@ -109,6 +120,32 @@ def balanced_nodes(view: PlanView, deployment: Deployment) -> int:
     k1 = _slope(PROFILED, attention_s)
     k3 = _slope([tokens * scale * rows for tokens in PROFILED], expert_s)
     return max(round(k1 / (k3 * rows)), 1) if k3 > 0 else 1
+
+
+def nodes_at_bound(view: PlanView, deployment: Deployment) -> set[int]:
+    """Attention nodes with which the experts are as busy where the SLO or the memory binds.
+
+    Args:
+        view: of the search.
+        deployment: with one attention node.
+    """
+    model, count = view.model, deployment.num_micro_batches
+    turn_s = view.slo_tpot_s / (count * model.num_layers)
+    room = fitting_tokens(view, deployment)
+
+    def stages(tokens: int) -> StageSeconds:
+        return view.estimator.stages(deployment, tokens, view.context_tokens)
+
+    node_tokens = largest(room, lambda tokens: stages(tokens).attention_s <= turn_s)
+    if node_tokens < 1:
+        return set()
+    found: set[int] = set()
+    for limit_s in {stages(node_tokens).attention_s, min(turn_s, 1.0)}:
+        tokens = largest(MOST_NODE_TOKENS, lambda one, limit_s=limit_s: (
+            stages(one).expert_s <= limit_s
+        ))  # fmt: skip
+        found |= {tokens // node_tokens, -(-tokens // node_tokens)}
+    return found
 
 
 def _slope(at: "tuple[int, ...] | list[float]", seconds: list[float]) -> float:

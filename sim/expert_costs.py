@@ -1,0 +1,129 @@
+"""What the stages of a deployment cost: attention nodes, expert nodes and what is sent between."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from hardware_models.schema import Cluster, Node
+from sim.costs.alpha_beta import Hop
+from sim.costs.expert_exchange import exchange_s, node_port
+from sim.costs.expert_nodes import AttentionNode, ElementTypes, ExpertNode, Reach
+from sim.costs.link_collectives import LinkCollectives
+from sim.models.architecture import Architecture
+from sim.models.work import IterationShape
+from sim.policies.parallel_plan.base import Deployment, Part
+from sim.state.ping_pong import StageSeconds
+
+Gpus = tuple[str, int]
+"""The GPU of a node's part, and how many of them."""
+
+
+class DeploymentCosts:
+    """A `PlanEstimator` from datasheets; also what the simulation itself asks."""
+
+    def __init__(
+        self, architecture: Architecture, nodes: Mapping[str, Node], types: ElementTypes, *,
+        ideal: bool = False,
+    ) -> None:  # fmt: skip
+        """Take over a model and the machines that a plan may use.
+
+        Args:
+            architecture: with experts in every layer.
+            nodes: by the name of their GPU.
+            types: of weights, activations and KV.
+            ideal: see `Reach`.
+
+        Raises:
+            ValueError: the model has layers without experts.
+        """
+        self.architecture, self._nodes, self.types = architecture, nodes, types
+        self.ideal = ideal
+        self.token_bytes = architecture.hidden_size * types.dtype_bytes
+        """Of one row that is sent to an expert, or comes back."""
+        # A search asks the same again and again; a node is the same whatever its number of copies.
+        self.attention_node = lru_cache(maxsize=None)(self._attention_node)
+        self.expert_node = lru_cache(maxsize=None)(self._expert_node)
+        self.port = lru_cache(maxsize=None)(self._port)
+        self._all_to_all = lru_cache(maxsize=None)(self._collectives)
+        self._attention_s = lru_cache(maxsize=None)(self._decoding_s)
+        self._expert_s = lru_cache(maxsize=None)(self._even_s)
+
+    def stages(
+        self, deployment: Deployment, node_tokens: int, context_tokens: float
+    ) -> StageSeconds:
+        """See `PlanEstimator`; every expert gets as many rows as another."""
+        attention, experts, _ = deployment
+        attention_s = self._attention_s(
+            attention[:2], experts is not None, node_tokens, node_tokens * context_tokens
+        )
+        a = self.architecture
+        rows = node_tokens * attention.num_nodes * a.experts_per_token / a.num_experts
+        if experts is None:
+            return StageSeconds(attention_s, *self._colocated_s(attention, node_tokens, rows))
+        each = a.num_experts // experts.num_nodes
+        sent = rows * each / attention.num_nodes * self.token_bytes
+        matrix = np.full((attention.num_nodes, experts.num_nodes), sent)
+        expert_s = self._expert_s(experts[:2], True, rows, each)
+        return StageSeconds(attention_s, expert_s, self.exchange_s(deployment, matrix))
+
+    def outside_s(self, deployment: Deployment, node_tokens: int) -> float:
+        """See `PlanEstimator`."""
+        return self.attention_node(
+            deployment.attention[:2], deployment.experts is not None
+        ).outside_s(node_tokens, node_tokens)
+
+    def exchange_s(self, deployment: Deployment, sent_bytes: ArrayLike) -> float:
+        """Seconds of one exchange from attention nodes (rows) to expert nodes (columns)."""
+        assert deployment.experts is not None
+        return exchange_s(sent_bytes, *self.ports(deployment))
+
+    def ports(self, deployment: Deployment) -> tuple[Hop, Hop]:
+        """Of an attention node and of an expert node."""
+        assert deployment.experts is not None
+        return self.port(deployment.attention[:2]), self.port(deployment.experts[:2])
+
+    def _colocated_s(self, part: Part, node_tokens: int, rows: float) -> tuple[float, float]:
+        """Seconds of a GPU's experts, and of one all-to-all among all GPUs."""
+        a, gpus = self.architecture, part.num_gpus
+        if gpus <= a.num_experts:
+            expert_s = self._expert_s((part.gpu, 1), False, rows, a.num_experts // gpus)
+        else:  # some GPUs share an expert
+            expert_s = self._expert_s((part.gpu, gpus // a.num_experts), False, rows, 1)
+        payload = node_tokens * a.experts_per_token * self.token_bytes / part.tp_size
+        per_node = min(self._nodes[part.gpu].num_gpus, gpus)
+        links = self._all_to_all(part.gpu, gpus // per_node)
+        seconds = links.seconds("all_to_all", gpus, payload, gpus // per_node).seconds
+        return expert_s, seconds
+
+    def _decoding_s(self, gpus: Gpus, fused: bool, tokens: int, context: float) -> float:
+        return self.attention_node(gpus, fused).layer_s(decodes(tokens, context))
+
+    def _even_s(self, gpus: Gpus, fused: bool, rows: float, each: int) -> float:
+        return self.expert_node(gpus, fused).layer_s([rows] * each)
+
+    def _attention_node(self, gpus: Gpus, fused: bool) -> AttentionNode:
+        node, reach = self._nodes[gpus[0]], Reach(self.ideal, fused)
+        return AttentionNode(self.architecture, node, gpus[1], self.types, reach)
+
+    def _expert_node(self, gpus: Gpus, fused: bool) -> ExpertNode:
+        node, reach = self._nodes[gpus[0]], Reach(self.ideal, fused)
+        return ExpertNode(self.architecture, node, gpus[1], self.types, reach)
+
+    def _port(self, gpus: Gpus) -> Hop:
+        return node_port(self._nodes[gpus[0]], gpus[1])
+
+    def _collectives(self, gpu: str, num_nodes: int) -> LinkCollectives:
+        node = self._nodes[gpu]
+        if num_nodes == 1:
+            return LinkCollectives(node)
+        name = f"{node.name}_by_{num_nodes}"
+        return LinkCollectives(
+            Cluster(name=name, node=node, num_nodes=num_nodes, source="as the plan asks")
+        )
+
+
+def decodes(tokens: int, context: float) -> IterationShape:
+    """A micro-batch of decodes that read so much context in all."""
+    return IterationShape(0, 0, 0, 0, tokens, int(context), tokens)
