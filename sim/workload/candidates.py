@@ -8,6 +8,7 @@ each topic has, drawn by popularity once and for all. So pairs repeat, and every
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.workload.mixing import mixed
 from sim.workload.zipf import Zipf
 
 Whole = NDArray[np.int64]
@@ -37,7 +38,7 @@ class Companions:
 
     def of(self, topics: Whole) -> Whole:
         """The companions of each topic, shape (topics, self.count): all different, none itself."""
-        numbers = _mixed(_mixed(self._key + topics.astype(np.uint64))[:, None] + self._slots)
+        numbers = mixed(mixed(self._key + topics.astype(np.uint64))[:, None] + self._slots)
         drawn = self._zipf.ranks((numbers >> np.uint64(11)).astype(np.float64) * 2.0**-53)
         if self._drifts:
             count = self._num_documents
@@ -93,12 +94,3 @@ def stage_lists(answers: Whole, others: Whole, found_at: Whole, num_stages: int)
         order = np.argsort(late, axis=1, kind="stable")[:, :top_k]
         lists.append(np.take_along_axis(both, order, axis=1))
     return lists
-
-
-def _mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Random bits that depend on each number only: splitmix64 (Steele et al., OOPSLA 2014)."""
-    # Arrays of numpy wrap around without a warning, which its scalars give.
-    mixed = numbers + np.array([0x9E3779B97F4A7C15], dtype=np.uint64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.array([factor], dtype=np.uint64)
-    return mixed ^ (mixed >> np.uint64(31))
