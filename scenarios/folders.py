@@ -1,7 +1,8 @@
 """Folders of the user's own: studies, policies, workloads, models and hardware beside the shipped.
 
 Their layout is that of the packages: `<folder>/<study>.yaml`, `<folder>/model/<name>.yaml`,
-`<folder>/gpu/<name>.yaml`, `<folder>/policies/<family>/<rule>.py`, `<folder>/workload/<name>.py`.
+`<folder>/gpu/<name>.yaml`, `<folder>/policies/<family>/<rule>.py`, `<folder>/workload/<name>.py`,
+`<folder>/token_routing/<name>.py`.
 """
 
 import os

@@ -1,7 +1,7 @@
 """`diptych list`: what there is to choose from."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from hardware_models.composition import find_part
@@ -12,7 +12,7 @@ from scenarios.compose import parse, question, refuse_flags, studies
 from scenarios.folders import CONF, user_folders
 from sim.models.architecture import known_architectures, load_architecture
 from sim.models.parameters import total_parameters
-from sim.policies.registry import families, policies, workloads
+from sim.policies.registry import families, policies, token_routings, workloads
 from sim.units import human_bytes
 
 Described = dict[str, str]
@@ -59,7 +59,8 @@ def _groups(config_dir: str | None, folders: Sequence[Path]) -> dict[str, Callab
     return {
         "study": lambda: studies(config_dir),
         **{f"policy/{family}": rules(family) for family in families()},
-        "workload": lambda: _workloads(folders),
+        "workload": lambda: _loads("workload", workloads(folders), folders),
+        "token_routing": lambda: _loads("token_routing", token_routings(folders), folders),
         "model": lambda: _models(folders),
         **{kind: parts(kind) for kind in KINDS},
     }
@@ -84,9 +85,9 @@ def _show_one(title: str, described: Described) -> None:
     tables.console().print(table, markup=False)
 
 
-def _workloads(folders: Sequence[Path]) -> Described:
-    found = {name: _first_line(kind) for name, kind in workloads(folders).items()}
-    return dict(sorted((found | _yaml("workload", folders)).items()))
+def _loads(group: str, kinds: Mapping[str, type[object]], folders: Sequence[Path]) -> Described:
+    found = {name: _first_line(kind) for name, kind in kinds.items()}
+    return dict(sorted((found | _yaml(group, folders)).items()))
 
 
 def _models(folders: Sequence[Path]) -> Described:

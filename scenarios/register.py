@@ -1,7 +1,7 @@
 """Tells Hydra what there is: the schema of a study, its groups, and where their YAML files are.
 
-A policy, a workload and an engine are their own schema; hardware parts are YAML typed by the field
-that they land in. Nothing is instantiated by name: the types say it all.
+A policy, a workload, a token routing and an engine are their own schema; hardware parts are YAML
+typed by the field that they land in. Nothing is instantiated by name: the types say it all.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from scenarios.study import Study
 from sim.engine import Engine
 from sim.engine_profiles import ENGINES
 from sim.models.architecture import known_architectures
-from sim.policies.registry import families, policies, workloads
+from sim.policies.registry import families, policies, token_routings, workloads
 from sim.scenario import Model, Policies
 
 SCHEMA = "schema"
@@ -48,18 +48,20 @@ def register(folders: Sequence[Path] = ()) -> None:
         folders: the user's own, see `scenarios.folders`.
 
     Raises:
-        ValueError: a policy or workload file does not define exactly one.
+        ValueError: a file of a policy, workload or token routing does not define exactly one.
     """
     _folders[:] = folders
     Plugins.instance().register(DiptychSearchPath)
     store = ConfigStore.instance()
-    for group in ("policy", "workload", "model", "engine"):
+    for group in ("policy", "workload", "token_routing", "model", "engine"):
         store.repo.pop(group, None)
     for family in families():
         for name, kind in policies(family, folders).items():
             store.store(group=f"policy/{family}", name=name, node=kind)
     for name, kind in workloads(folders).items():
         store.store(group="workload", name=name, node=kind)
+    for name, kind in token_routings(folders).items():
+        store.store(group="token_routing", name=name, node=kind)
     for name in known_architectures():
         store.store(group="model", name=name, node=Model(name=name))
     for name, engine in ENGINES.items():
@@ -79,6 +81,7 @@ def defaults() -> list[Any]:
     groups = {
         "model": Model().name,
         "workload": "default",
+        "token_routing": "uniform",
         "node": None,
         "gpu": None,
         "cluster": None,
@@ -103,7 +106,7 @@ def _name_of(family: str, kind: type[object]) -> str:
 def _study() -> Any:
     """The schema, with the polymorphic fields open: a default there would refuse its siblings."""
     node = OmegaConf.structured(Study)
-    node.workload = MISSING
+    node.workload = node.token_routing = MISSING
     for field in fields(Policies):
         node.policy[field.name] = MISSING
     return node

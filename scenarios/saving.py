@@ -21,9 +21,9 @@ def identity(scenario: Scenario) -> str:
 
     The module of a user's file is named by path and time of change, see `registry.load_file`.
     """
-    rules = [scenario.workload, *vars(scenario.policy).values()]
-    modules = [type(rule).__module__ for rule in rules]
-    data = _file_digest(getattr(scenario.workload, "path", None))
+    loads = [scenario.workload, scenario.token_routing]
+    modules = [type(rule).__module__ for rule in (*loads, *vars(scenario.policy).values())]
+    data = [_file_digest(getattr(load, "path", None)) for load in loads]
     return digest([configuration(scenario), commit(), modules, data])
 
 

@@ -162,6 +162,7 @@ def configuration(scenario: Scenario) -> dict[str, Any]:
     return {
         **plain(asdict(scenario)),
         "workload_kind": kind(scenario.workload),
+        "token_routing_kind": kind(scenario.token_routing),
         "policy_kinds": {name: kind(rule) for name, rule in sorted(vars(scenario.policy).items())},
     }
 

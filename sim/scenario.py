@@ -13,6 +13,8 @@ from sim.policies.batching.base import Batching
 from sim.policies.batching.continuous import Continuous
 from sim.policies.cache_eviction.base import CacheEviction
 from sim.policies.cache_eviction.lru import Lru
+from sim.policies.expert_balance.base import ExpertBalance
+from sim.policies.expert_balance.static import Static
 from sim.policies.instance_plan.base import InstancePlan
 from sim.policies.instance_plan.colocated import Colocated
 from sim.policies.request_order.base import RequestOrder
@@ -23,6 +25,8 @@ from sim.policies.routing.base import Routing
 from sim.policies.routing.round_robin import RoundRobin
 from sim.workload.base import Workload
 from sim.workload.default import Default
+from sim.workload.token_routing.base import TokenRouting
+from sim.workload.token_routing.uniform import Uniform
 
 
 class Dtype(Enum):
@@ -88,6 +92,8 @@ class Policies:
     """Which waiting request with retrieved documents is offered a seat first."""
     retrieval_overlap: RetrievalOverlap = field(default_factory=NoOverlap)
     """Whether a prompt is prefilled before its documents are certain."""
+    expert_balance: ExpertBalance = field(default_factory=Static)
+    """Which experts have replicas, and on which node each one lies."""
 
 
 @dataclass(kw_only=True)
@@ -102,6 +108,8 @@ class Scenario:
     """The engine's limits."""
     workload: Workload = field(default_factory=Default)
     """What is asked of it."""
+    token_routing: TokenRouting = field(default_factory=Uniform)
+    """Which experts each token chooses, where a model has some."""
     policy: Policies = field(default_factory=Policies)
     """How it decides."""
     knowledge: Knowledge = field(default_factory=Knowledge)

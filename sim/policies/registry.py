@@ -1,7 +1,8 @@
-"""Finds policies and workloads by scanning: a rule is one file, and its file name is its name.
+"""Finds policies, workloads and token routings by scanning: a file's name is the rule's name.
 
-Besides the shipped files: `<folder>/policies/<family>/<rule>.py` and `<folder>/workload/<name>.py`
-in folders of the user's own, and entry points of the groups `diptych.policies.<family>`.
+Besides the shipped files: `<folder>/policies/<family>/<rule>.py`, `<folder>/workload/<name>.py` and
+`<folder>/token_routing/<name>.py` in folders of the user's own, and entry points of the groups
+`diptych.policies.<family>`.
 """
 
 import importlib
@@ -19,6 +20,7 @@ from zlib import crc32
 from hardware_models.names import alternatives
 from sim.policies.base import Policy
 from sim.workload.base import Workload
+from sim.workload.token_routing.base import TokenRouting
 
 POLICIES = Path(__file__).parent
 WORKLOADS = POLICIES.parent / "workload"
@@ -78,15 +80,17 @@ def workloads(folders: Sequence[Path] = ()) -> dict[str, type[Workload]]:
     Raises:
         ValueError: a file defines several workloads, or a user's file none.
     """
-    found: dict[str, type[Workload]] = {}
-    for path in _files(WORKLOADS):
-        module = importlib.import_module(f"sim.workload.{path.stem}")
-        if kinds := _concrete(module, Workload):
-            found[path.stem] = _only(kinds, str(path), "workload")
-    for folder in reversed(folders):
-        for path in _files(folder / "workload"):
-            found[path.stem] = _one(load_file(path), Workload)
-    return dict(sorted(found.items()))
+    return _scanned("sim.workload", WORKLOADS, Workload, folders)
+
+
+def token_routings(folders: Sequence[Path] = ()) -> dict[str, type[TokenRouting]]:
+    """Every token routing by its name, as `workloads`.
+
+    Raises:
+        ValueError: a file defines several token routings, or a user's file none.
+    """
+    place = WORKLOADS / "token_routing"
+    return _scanned("sim.workload.token_routing", place, TokenRouting, folders)
 
 
 def load_file(path: Path) -> ModuleType:
@@ -144,6 +148,21 @@ def _entry_points(family: str, base: type[T]) -> dict[str, type[T]]:
 def _installed(group: str) -> tuple[tuple[str, object], ...]:
     """Entry points do not change while a program runs, and reading them takes a while."""
     return tuple((point.name, point.load()) for point in entry_points(group=group))
+
+
+def _scanned(
+    package: str, place: Path, base: type[T], folders: Sequence[Path]
+) -> dict[str, type[T]]:
+    """Rules of a package that holds helpers too, then those of the users' folders of its name."""
+    found: dict[str, type[T]] = {}
+    for path in _files(place):
+        module = importlib.import_module(f"{package}.{path.stem}")
+        if kinds := _concrete(module, base):
+            found[path.stem] = _only(kinds, str(path), base.__name__)
+    for folder in reversed(folders):
+        for path in _files(folder / place.name):
+            found[path.stem] = _one(load_file(path), base)
+    return dict(sorted(found.items()))
 
 
 def _files(folder: Path) -> list[Path]:

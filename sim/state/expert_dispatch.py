@@ -20,8 +20,10 @@ class Replicas(NamedTuple):
 
 
 class Dispatch(NamedTuple):
-    """Where the rows of one micro-batch go in one layer. A row is a choice: a token of top_k
-    experts is top_k rows, and each is sent once."""
+    """Where the rows of one micro-batch go in one layer.
+
+    A row is a choice: a token of top_k experts is top_k rows, and each is sent once.
+    """
 
     slots: Whole
     """Physical expert of every choice [tokens, top_k]."""

@@ -102,8 +102,8 @@ def _require_placeable(view: BalanceView) -> None:
     num_slots = view.num_nodes * view.slots_per_node
     if num_slots < num_experts:
         raise ValueError(
-            f"num_nodes={view.num_nodes} with slots_per_node={view.slots_per_node} hold {num_slots} "
-            f"physical experts and must hold all of num_experts={num_experts}; try "
+            f"num_nodes={view.num_nodes} with slots_per_node={view.slots_per_node} hold "
+            f"{num_slots} physical experts and must hold all of num_experts={num_experts}; try "
             f"slots_per_node={-(-num_experts // view.num_nodes)}"
         )
     _require_divisor("num_hosts", view.num_hosts, "num_nodes", view.num_nodes)
@@ -112,8 +112,8 @@ def _require_placeable(view: BalanceView) -> None:
     if wrong.any():
         layer, expert = np.argwhere(wrong)[0].tolist()
         raise ValueError(
-            f"loads[{layer}, {expert}]={view.loads[layer, expert]} must be finite and not negative; "
-            "count tokens"
+            f"loads[{layer}, {expert}]={view.loads[layer, expert]} must be finite and not "
+            "negative; count tokens"
         )
 
 

@@ -1,7 +1,8 @@
 """Replicas for the hottest experts, packed so that nodes carry about the same: EPLB (DeepSeek-V3).
 
-The published greedy rules, and in which order they break ties. MegaScale-Infer (section 5) balances
-by the same two greedy steps: replicas by recent popularity, then the least maximum over the nodes.
+Both of its published policies, hierarchical and global. MegaScale-Infer balances to the same end,
+replicas by recent popularity and greedily the least maximum over the nodes, but may split an
+expert's load unevenly.
 """
 
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def _experts_of_hosts(loads: Loads, num_groups: int, num_hosts: int) -> Whole:
     num_layers, num_experts = loads.shape
     size = num_experts // num_groups
     groups = pack(loads.reshape(num_layers, num_groups, size).sum(axis=2), num_hosts)
-    experts = groups[..., None] * size + np.arange(size)
+    experts = groups[..., None] * size + np.arange(size, dtype=np.int64)
     return experts.reshape(num_layers, num_hosts, -1)
 
 
@@ -63,7 +64,7 @@ def replicate(loads: Loads, num_slots: int) -> tuple[Whole, Loads]:
     num_rows, num_experts = loads.shape
     copies = np.tile(np.arange(num_slots, dtype=np.int64), (num_rows, 1))
     counts = np.ones(loads.shape, dtype=np.int64)
-    rows = np.arange(num_rows)
+    rows = np.arange(num_rows, dtype=np.int64)
     for slot in range(num_experts, num_slots):
         hottest = (loads / counts).argmax(axis=1)
         copies[:, slot] = hottest
@@ -86,11 +87,11 @@ def pack(loads: Loads, num_packs: int) -> Whole:
     num_rows, num_items = loads.shape
     room = num_items // num_packs
     if room == 1:  # as published: nothing to balance, so nothing moves
-        return np.tile(np.arange(num_items)[:, None], (num_rows, 1, 1))
+        return np.tile(np.arange(num_items, dtype=np.int64)[:, None], (num_rows, 1, 1))
     packed = np.empty((num_rows, num_packs, room), dtype=np.int64)
     weights = np.zeros((num_rows, num_packs))
     counts = np.zeros((num_rows, num_packs), dtype=np.int64)
-    rows = np.arange(num_rows)
+    rows = np.arange(num_rows, dtype=np.int64)
     for items in np.argsort(-loads, axis=1, kind="stable").T:
         lightest = np.where(counts < room, weights, np.inf).argmin(axis=1)
         packed[rows, lightest, counts[rows, lightest]] = items

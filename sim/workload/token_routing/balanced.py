@@ -21,7 +21,7 @@ class Balanced(TokenRouting):
     ) -> NDArray[np.int32]:
         """Token i of the batch chooses i * top_k and those that follow, modulo num_experts."""
         require_top_k(num_experts, top_k)
-        rows = np.arange(tokens.count * top_k, dtype=np.int64) % num_experts
+        rows = np.arange(tokens.num_tokens * top_k, dtype=np.int64) % num_experts
         return rows.astype(np.int32).reshape(-1, top_k)
 
     def loads(

@@ -16,8 +16,8 @@ class Tokens(NamedTuple):
     """Of each token in its request, from 0."""
 
     @property
-    def count(self) -> int:
-        """How many tokens these are; `len` counts the columns."""
+    def num_tokens(self) -> int:
+        """How many these are; `len` counts the columns."""
         return len(self.request_ids)
 
 
@@ -37,9 +37,9 @@ class TokenRouting(ABC):
 
         Args:
             seed: the scenario's seed, not negative.
-            layer: of the model, from 0.
+            layer: counted from 0 among the layers that have experts.
             tokens: of one micro-batch. Not changed.
-            num_experts: that the layer has.
+            num_experts: that each of them has.
             top_k: that a token chooses, at most num_experts.
 
         Returns:
@@ -55,12 +55,18 @@ class TokenRouting(ABC):
     ) -> NDArray[np.float64]:
         """The share of the rows (choices) that each expert is expected to get.
 
+        Args:
+            seed: the scenario's seed, not negative.
+            num_layers: that have experts.
+            num_experts: that each of them has.
+            top_k: that a token chooses, at most num_experts.
+
         Returns:
             float64 [layers, experts]; each layer adds up to 1.
         """
 
 
-def checked_expert_ids(  # noqa: PLR0913  those of the method, and whose it is
+def checked_expert_ids(
     routing: TokenRouting, seed: int, layer: int, tokens: Tokens, num_experts: int, top_k: int
 ) -> NDArray[np.int32]:
     """What a routing chooses, for both panels.
@@ -70,7 +76,7 @@ def checked_expert_ids(  # noqa: PLR0913  those of the method, and whose it is
     """
     found = routing.expert_ids(seed, layer, tokens, num_experts, top_k)
     name = f"token_routing {type(routing).__name__}"
-    shape = (tokens.count, top_k)
+    shape = (tokens.num_tokens, top_k)
     if found.shape != shape or found.dtype.kind != "i":
         raise ValueError(
             f"{name} gives {found.dtype} {found.shape} and must give int32 [tokens, top_k] = "

@@ -1,9 +1,9 @@
 # pyright: basic
 """Choices of a real router as a Parquet file; whatever is wrong is named by file and row.
 
-A row is a token in a layer: whole numbers `request`, `position` and `layer`, and a list
-`expert_ids`. Rows are counted from 1 and may come in any order. pyarrow comes without complete
-types.
+A row is a token in a layer: whole numbers `layer`, `request` and `position`, and a list
+`expert_ids`. Layers are counted from 0 among those that have experts. Rows may come in any order
+and are counted from 1. pyarrow comes without complete types.
 """
 
 from pathlib import Path
@@ -18,7 +18,9 @@ from sim.workload.token_routing.base import Tokens
 KEYS = ("layer", "request", "position")
 COLUMNS = (*KEYS, "expert_ids")
 MOST = 2**31 - 1
-"""A larger number of a request, position or layer is a mistake."""
+"""A larger number of a request or a position is a mistake."""
+MOST_LAYER = 9_999
+"""A later layer is one, too."""
 
 Whole = NDArray[np.int64]
 
@@ -80,7 +82,9 @@ def read_choices(path: str, num_experts: int, top_k: int) -> Choices:
         ValueError: it cannot be read, a column is missing or of another type, or a row is broken.
     """
     columns = _columns(path)
-    keys = [_whole(path, name, columns[name]) for name in KEYS]
+    keys = [
+        _whole(path, name, columns[name], MOST_LAYER if name == "layer" else MOST) for name in KEYS
+    ]
     expert_ids = _expert_ids(path, columns["expert_ids"], num_experts, top_k)
     layers, tokens = keys[0], keys[1] * (MOST + 1) + keys[2]
     order = np.lexsort((tokens, layers))
@@ -99,7 +103,7 @@ def _columns(path: str) -> dict:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(Path(path).expanduser(), partitioning=None)
+        table = pq.ParquetFile(Path(path).expanduser()).read()
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -116,7 +120,7 @@ def _columns(path: str) -> dict:
     return {name: table.column(name).combine_chunks() for name in COLUMNS}
 
 
-def _whole(path: str, name: str, column) -> Whole:
+def _whole(path: str, name: str, column, most: int) -> Whole:
     import pyarrow as pa
 
     if not pa.types.is_integer(column.type):
@@ -125,16 +129,15 @@ def _whole(path: str, name: str, column) -> Whole:
         )
     _refuse_nulls(path, name, column)
     values = column.to_numpy()
-    wrong = np.flatnonzero((values < 0) | (values > MOST))
+    wrong = np.flatnonzero((values < 0) | (values > most))
     if len(wrong):
         at = int(wrong[0])
-        raise _broken(path, at, f"{name}={values[at]} must be from 0 to {MOST}", "correct the row")
+        raise _broken(path, at, f"{name}={values[at]} must be from 0 to {most}", "correct the row")
     return values.astype(np.int64)
 
 
 def _expert_ids(path: str, column, num_experts: int, top_k: int) -> NDArray[np.int32]:
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     kind = column.type
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
@@ -144,7 +147,7 @@ def _expert_ids(path: str, column, num_experts: int, top_k: int) -> NDArray[np.i
             "convert it"
         )
     _refuse_nulls(path, "expert_ids", column)
-    lengths = pc.list_value_length(column).to_numpy()
+    lengths = _lengths(column)
     wrong = np.flatnonzero(lengths != top_k)
     if len(wrong):
         at = int(wrong[0])
@@ -155,6 +158,13 @@ def _expert_ids(path: str, column, num_experts: int, top_k: int) -> NDArray[np.i
         at = int(np.flatnonzero(flat.is_null().to_numpy(zero_copy_only=False))[0]) // top_k
         raise _broken(path, at, "expert_ids holds a null", "correct the row")
     return _known(path, flat.to_numpy().reshape(-1, top_k), num_experts)
+
+
+def _lengths(lists) -> Whole:
+    import pyarrow.compute as pc
+
+    measure = getattr(pc, "list_value_length")  # noqa: B009  made at run time: no type names it
+    return measure(lists).to_numpy()
 
 
 def _known(path: str, ids: NDArray[np.integer], num_experts: int) -> NDArray[np.int32]:

@@ -55,9 +55,7 @@ def distinct(keys: NDArray[np.uint64], weights: Whole, top_k: int) -> NDArray[np
     return drawn
 
 
-def distinct_evenly(
-    keys: NDArray[np.uint64], num_items: int, top_k: int
-) -> NDArray[np.int32]:
+def distinct_evenly(keys: NDArray[np.uint64], num_items: int, top_k: int) -> NDArray[np.int32]:
     """`distinct` where all weights are 1, in half the time: the same draws."""
     taken = np.empty((top_k, len(keys)), dtype=np.int64)
     drawn = np.empty((len(keys), top_k), dtype=np.int32)

@@ -45,7 +45,7 @@ class Recorded(TokenRouting):
     def loads(
         self, seed: int, num_layers: int, num_experts: int, top_k: int
     ) -> NDArray[np.float64]:
-        """Shares of the recorded rows, every row of a layer as heavy.
+        """Shares of the recorded rows.
 
         Raises:
             ValueError: the file is broken, or has other layers than the model.
@@ -54,13 +54,14 @@ class Recorded(TokenRouting):
         rows = [choices.of_layer(layer) for layer in range(num_layers)]
         empty = [layer for layer, one in enumerate(rows) if one.start == one.stop]
         if empty or len(choices.starts) - 1 != num_layers:
-            has = f"layers up to {len(choices.starts) - 2}"
-            has += f", but no row for layer {empty[0]}" if empty else ""
+            has = f"no row for layer {empty[0]}" if empty else f"layer {len(choices.starts) - 2}"
             raise ValueError(
-                f"{self.path}: has {has} and must have rows for the {num_layers} layers of the "
-                "model that have experts; choose the model that was recorded"
+                f"{self.path}: has {has} and must have rows for layers 0 to {num_layers - 1}, "
+                "those of the model that have experts; choose the model that was recorded"
             )
-        counts = [np.bincount(choices.expert_ids[one].ravel(), minlength=num_experts) for one in rows]
+        counts = [
+            np.bincount(choices.expert_ids[one].ravel(), minlength=num_experts) for one in rows
+        ]
         found = np.stack(counts).astype(np.float64)
         return found / found.sum(axis=1, keepdims=True)
 
