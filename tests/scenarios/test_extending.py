@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 
 import sim
+from scenarios.compose import compose_study
+from scenarios.saving import identity
+from sim.workload.token_routing.skewed import Skewed
+from sim.workload.token_routing.uniform import Uniform
 
 ROOT = Path(sim.__file__).parents[1]
 RULE = '''
@@ -32,6 +36,20 @@ class Patient(Batching):
         """Decode while anything runs."""
         return DECODE if view.num_running else whole_prompts(view)
 '''
+ROUTING = '''
+"""Two hot experts."""
+
+from dataclasses import dataclass
+
+from sim.workload.token_routing.uniform import Uniform
+
+
+@dataclass(kw_only=True)
+class Sharp(Uniform):
+    """Mine and no other."""
+
+    sharpness: float = 2.0
+'''
 FEW = ("workload.num_requests=24", "seeds=[0]", "save=summary")
 
 
@@ -40,6 +58,9 @@ def own(workplace):
     folder = workplace / "own"
     (folder / "policies" / "batching").mkdir(parents=True)
     (folder / "policies" / "batching" / "patient.py").write_text(RULE)
+    (folder / "token_routing").mkdir()
+    (folder / "token_routing" / "sharp.py").write_text(ROUTING)
+    (folder / "token_routing" / "hot.yaml").write_text("# Hot?\ndefaults: [skewed]\nskew: 2.0\n")
     (folder / "model").mkdir()
     (folder / "model" / "mine.yaml").write_text("# Small.\nname: smollm2_135m\ndtype: fp16\n")
     (folder / "gpu").mkdir()
@@ -73,6 +94,32 @@ def test_a_folder_of_the_path_variable(diptych, own, monkeypatch):
     code, out, errors = diptych("run", "-cn", "replica", *FEW, "policy/batching=patient")
     assert (code, errors) == (0, "")
     assert "patient, colocated" in out
+
+
+def test_token_routings_of_ones_own_are_listed_and_composed(diptych, own):
+    _, out, _ = diptych("list", "--config-dir", own, "token_routing")
+    assert all(part in out for part in ("sharp", "Mine and no other.", "hot", "Hot?", "uniform"))
+    sharp = compose_study("replica", ["token_routing=sharp"], str(own)).token_routing
+    assert (type(sharp).__name__, sharp.sharpness) == ("Sharp", 2.0)
+    assert compose_study("replica", ["token_routing=hot"], str(own)).token_routing == Skewed(
+        skew=2.0
+    )
+    assert compose_study("replica").token_routing == Uniform()
+
+
+def test_a_result_is_of_its_token_routing_and_of_the_file_that_this_reads(own):
+    def named(*overrides):
+        return identity(compose_study("replica", overrides, str(own)).scenario)
+
+    recorded = ("token_routing=recorded", "token_routing.path=gate.parquet")
+    names = [named(), named("token_routing=sharp"), named("token_routing=balanced")]
+    names.append(named(*recorded))
+    Path("gate.parquet").write_text("one")
+    names.append(named(*recorded))
+    Path("gate.parquet").write_text("two")
+    names.append(named(*recorded))
+    assert len(set(names)) == len(names)
+    assert named(*recorded) == names[-1]
 
 
 def test_a_study_model_and_gpu_in_a_folder_of_the_command_line(diptych, own):

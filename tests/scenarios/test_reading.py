@@ -161,6 +161,8 @@ def test_run_without_a_study_lists_them(diptych):
         (["gpu"], ["h100_sxm", "hopper, 80.0 GiB"]),
         (["node"], ["a100_80g_x8", "8 x a100_80g over nvlink3"]),
         (["workload"], ["chat", "512 tokens", "gamma"]),
+        (["token_routing"], ["skewed", "layer", "recorded", "uniform"]),
+        (["expert_balance"], ["replicate_hot", "static", "Expert e in slot e"]),
         (["studies", "link"], ["replica", "NVLink of generation 3"]),
     ],
 )

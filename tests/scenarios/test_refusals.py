@@ -18,6 +18,23 @@ REFUSED = {
         ["policy/batching=contnuous"],
         ["policy/batching=contnuous is not", "did you mean 'continuous'", "chunked_prefill"],
     ),
+    "unknown_token_routing": (
+        ["token_routing=skwed"],
+        ["token_routing=skwed is not", "did you mean 'skewed'", "balanced"],
+    ),
+    "key_of_another_token_routing": (
+        ["token_routing.skew=1"], ["token_routing.skew is not a field of Uniform"],
+    ),
+    "negative_skew": (
+        ["token_routing=skewed", "token_routing.skew=-1"], ["skew=-1.0", "not negative", "try"],
+    ),
+    "token_routing_without_its_file": (
+        ["token_routing=recorded"], ["token_routing.path", "needs one", "=VALUE"],
+    ),
+    "unknown_balance": (
+        ["policy/expert_balance=replicate_cold"],
+        ["policy/expert_balance=replicate_cold is not", "'replicate_hot'", "static"],
+    ),
     "unknown_enum": (["model.dtype=bf15"], ["bf15", "bf16"]),
     "unknown_model": (["model=llama_9"], ["llama_9", "llama_3_8b"]),
     "negative_rate": (["workload.rate_per_s=-3"], ["rate_per_s=-3.0", "positive", "try"]),

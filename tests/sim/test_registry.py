@@ -1,4 +1,4 @@
-"""Policies and workloads are found by scanning; a file that defines none, or several, is named."""
+"""Policies, workloads and token routings are found by scanning; a wrong file is named."""
 
 import importlib.metadata
 
@@ -6,8 +6,9 @@ import pytest
 
 from sim.policies import registry
 from sim.policies.batching.base import Batching
-from sim.policies.registry import contract, families, policies, workloads
+from sim.policies.registry import contract, families, policies, token_routings, workloads
 from sim.workload.base import Workload
+from sim.workload.token_routing.base import TokenRouting
 
 EAGER = """
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class {name}(Batching):
 def folder(tmp_path):
     (tmp_path / "policies" / "batching").mkdir(parents=True)
     (tmp_path / "workload").mkdir()
+    (tmp_path / "token_routing").mkdir()
     return tmp_path
 
 
@@ -134,3 +136,42 @@ def test_a_users_workload_must_define_one(folder):
         "class Mine(p.Poisson):\n    pass\n"
     )
     assert workloads([folder])["mine"].__name__ == "Mine"
+
+
+ROUTING = """
+from dataclasses import dataclass
+from sim.workload.token_routing.base import TokenRouting
+from sim.workload.token_routing.uniform import Uniform
+import sim.workload.token_routing.skewed as s
+
+@dataclass(kw_only=True)
+class {name}(s.Skewed):
+    skew: float = 2.0
+"""
+
+
+def test_token_routings_are_found_and_helpers_are_not():
+    found = token_routings()
+    assert {"uniform", "balanced", "skewed", "recorded"} <= set(found)
+    assert not {"base", "draws", "inclusion", "choices_file"} & set(found)
+    assert all(issubclass(kind, TokenRouting) for kind in found.values())
+    assert not set(found) & set(workloads()) - {"recorded"}
+
+
+def test_a_users_token_routing_must_define_one(folder):
+    path = folder / "token_routing" / "mine.py"
+    path.write_text("x = 1\n")
+    with pytest.raises(ValueError, match=r"mine\.py: defines 0"):
+        token_routings([folder])
+    path.write_text(ROUTING.format(name="A") + ROUTING.format(name="B"))
+    with pytest.raises(ValueError, match=r"mine\.py: defines 2 .*A, B"):
+        token_routings([folder])
+    path.write_text(ROUTING.format(name="Mine"))
+    assert token_routings([folder])["mine"]().skew == 2.0
+    assert "mine" not in token_routings()
+
+
+def test_a_users_token_routing_takes_the_place_of_a_shipped_one(folder):
+    (folder / "token_routing" / "uniform.py").write_text(ROUTING.format(name="Mine"))
+    assert token_routings([folder])["uniform"].__name__ == "Mine"
+    assert token_routings()["uniform"].__name__ == "Uniform"
