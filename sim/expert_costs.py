@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from hardware_models.schema import Cluster, Node
 from sim.costs.alpha_beta import Hop
@@ -16,6 +16,7 @@ from sim.models.work import IterationShape
 from sim.policies.parallel_plan.base import Deployment, Part
 from sim.state.ping_pong import StageSeconds
 
+Floats = NDArray[np.float64]
 Gpus = tuple[str, int]
 """The GPU of a node's part, and how many of them."""
 
@@ -49,6 +50,7 @@ class DeploymentCosts:
         self._all_to_all = lru_cache(maxsize=None)(self._collectives)
         self._attention_s = lru_cache(maxsize=None)(self._decoding_s)
         self._expert_s = lru_cache(maxsize=None)(self._even_s)
+        self._hit_s = lru_cache(maxsize=None)(self._total_s)
 
     def stages(
         self, deployment: Deployment, node_tokens: int, context_tokens: float
@@ -79,6 +81,40 @@ class DeploymentCosts:
         assert deployment.experts is not None
         return exchange_s(sent_bytes, *self.ports(deployment))
 
+    def loaded_s(
+        self, deployment: Deployment, rows: Floats, most_tokens: int, tokens: int
+    ) -> tuple[Floats, Floats]:
+        """Seconds of the slowest expert node, and of one way to the experts, in every layer.
+
+        Args:
+            deployment: where everything lies.
+            rows: of each physical expert [layers, slots], node by node.
+            most_tokens: of the micro-batch on the fullest attention node.
+            tokens: of the micro-batch on all of them.
+        """
+        attention, experts, _ = deployment
+        num_nodes = attention.num_gpus if experts is None else experts.num_nodes
+        by_node = rows.reshape(len(rows), -1, rows.shape[1] // num_nodes)
+        node_rows, hit = by_node.sum(axis=2), (by_node > 0).sum(axis=2)
+        gpus = (attention.gpu, 1) if experts is None else experts[:2]
+        apart = experts is not None
+        expert_s = np.array(
+            [max(self._hit_s(gpus, apart, *one) for one in zip(*layer, strict=True))
+             for layer in zip(node_rows.tolist(), hit.tolist(), strict=True)]
+        )  # fmt: skip
+        received = node_rows.max(axis=1) * self.token_bytes
+        if experts is None:
+            sent = tokens * self.architecture.experts_per_token * self.token_bytes
+            even = sent / num_nodes
+            return expert_s, np.array(
+                [self._all_to_all_s(attention, max(even, one)) for one in received]
+            )
+        senders, receivers = self.ports(deployment)
+        sent = most_tokens * self.architecture.experts_per_token * self.token_bytes
+        fullest_s = np.maximum(sent / senders.bytes_per_s, received / receivers.bytes_per_s)
+        latency_s = (senders.latency_s + receivers.latency_s) / 2
+        return expert_s, (latency_s + fullest_s if tokens else np.zeros(len(rows)))
+
     def ports(self, deployment: Deployment) -> tuple[Hop, Hop]:
         """Of an attention node and of an expert node."""
         assert deployment.experts is not None
@@ -92,16 +128,23 @@ class DeploymentCosts:
         else:  # some GPUs share an expert
             expert_s = self._expert_s((part.gpu, gpus // a.num_experts), False, rows, 1)
         payload = node_tokens * a.experts_per_token * self.token_bytes / part.tp_size
-        per_node = min(self._nodes[part.gpu].num_gpus, gpus)
-        links = self._all_to_all(part.gpu, gpus // per_node)
-        seconds = links.seconds("all_to_all", gpus, payload, gpus // per_node).seconds
-        return expert_s, seconds
+        return expert_s, self._all_to_all_s(part, payload)
+
+    def _all_to_all_s(self, part: Part, payload_bytes: float) -> float:
+        """Seconds of an all-to-all in which the fullest GPU sends, or gets, so many bytes."""
+        per_node = min(self._nodes[part.gpu].num_gpus, part.num_gpus)
+        num_nodes = part.num_gpus // per_node
+        links = self._all_to_all(part.gpu, num_nodes)
+        return links.seconds("all_to_all", part.num_gpus, payload_bytes, num_nodes).seconds
 
     def _decoding_s(self, gpus: Gpus, fused: bool, tokens: int, context: float) -> float:
         return self.attention_node(gpus, fused).layer_s(decodes(tokens, context))
 
     def _even_s(self, gpus: Gpus, fused: bool, rows: float, each: int) -> float:
         return self.expert_node(gpus, fused).layer_s([rows] * each)
+
+    def _total_s(self, gpus: Gpus, fused: bool, rows: float, hit: int) -> float:
+        return self.expert_node(gpus, fused).layer_s([rows / hit] * hit) if hit else 0.0
 
     def _attention_node(self, gpus: Gpus, fused: bool) -> AttentionNode:
         node, reach = self._nodes[gpus[0]], Reach(self.ideal, fused)
