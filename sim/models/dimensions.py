@@ -42,6 +42,8 @@ class Architecture:
     """Keys that a query sees, itself included, in every layer. None: all before it."""
     num_experts: int = 0
     experts_per_token: int = 0
+    renormalise_top_k: bool = False
+    """The weights of a token's experts are divided by their sum, so that they add up to one."""
     moe_intermediate_size: int = 0
     shared_expert_intermediate_size: int = 0
     """Width of the expert that every token takes, behind a gate of its own. 0: there is none."""

@@ -40,6 +40,7 @@ def stage_part(architecture: Architecture, pp_size: int, stage: int = 0) -> Arch
         # A stage of dense layers alone has no experts.
         return replace(
             architecture, num_layers=len(layers), sparse_layers=(), num_experts=0,
-            experts_per_token=0, moe_intermediate_size=0, shared_expert_intermediate_size=0,
+            experts_per_token=0, renormalise_top_k=False, moe_intermediate_size=0,
+            shared_expert_intermediate_size=0,
         )  # fmt: skip
     return replace(architecture, num_layers=len(layers), sparse_layers=sparse)

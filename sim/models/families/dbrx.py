@@ -31,6 +31,8 @@ def read_dbrx(name: str, config: ConfigFile) -> Architecture:
         norm_eps=1e-5,
         num_experts=experts.integer("moe_num_experts"),
         experts_per_token=experts.integer("moe_top_k"),
+        # The order of the norm that they are divided by: 1 is their sum.
+        renormalise_top_k=experts.number_or("moe_normalize_expert_weights", 1.0) == 1.0,
         moe_intermediate_size=width,
         sparse_layers=tuple(range(layers)),
     )

@@ -22,6 +22,7 @@ class Features(TypedDict, total=False):
     sliding_window: int | None
     num_experts: int
     experts_per_token: int
+    renormalise_top_k: bool
     moe_intermediate_size: int
     shared_expert_intermediate_size: int
     sparse_layers: tuple[int, ...]

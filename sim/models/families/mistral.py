@@ -21,6 +21,7 @@ def read_mixtral(name: str, config: ConfigFile) -> Architecture:
         "sliding_window": config.integer_or(None, "sliding_window"),
         "num_experts": config.integer("num_local_experts", "num_experts"),
         "experts_per_token": config.integer("num_experts_per_tok"),
+        "renormalise_top_k": True,
         "moe_intermediate_size": config.integer("intermediate_size"),
         "sparse_layers": tuple(range(config.integer("num_hidden_layers"))),
     }

@@ -63,6 +63,7 @@ def _experts(config: ConfigFile) -> Features:
     return {
         "num_experts": num_experts,
         "experts_per_token": config.integer("num_experts_per_tok"),
+        "renormalise_top_k": config.flag("norm_topk_prob", False),
         "moe_intermediate_size": config.integer("moe_intermediate_size"),
         "sparse_layers": sparse,
     }

@@ -75,6 +75,16 @@ def test_sparse_layers_follow_step_and_exceptions():
     assert (dense.sparse_layers, dense.num_experts, dense.num_dense_layers) == ((), 0, 5)
 
 
+def test_weights_of_experts_add_up_to_one_where_the_family_or_the_file_says_so():
+    assert load_architecture("mixtral_8x7b").renormalise_top_k
+    assert load_architecture("qwen3_30b_a3b").renormalise_top_k
+    assert load_architecture("dbrx").renormalise_top_k
+    assert not load_architecture("llama_3_8b").renormalise_top_k
+    assert not load_architecture(QWEN_MOE).renormalise_top_k  # transformers' default
+    assert load_architecture({**QWEN_MOE, "norm_topk_prob": True}).renormalise_top_k
+    assert not load_architecture({**QWEN_MOE, "norm_topk_prob": False}).renormalise_top_k
+
+
 def test_an_unknown_family_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"model_type='bert' is not known; known are dbrx, gpt2,"):
         load_architecture({"model_type": "bert"})
@@ -121,6 +131,7 @@ def test_a_file_that_is_not_an_object_is_refused(tmp_path, text):
         ({**MISTRAL, "sliding_window": 0}, "sliding_window=0 must be at least 1"),
         ({k: v for k, v in MISTRAL.items() if k != "sliding_window"}, "sliding_window is missing"),
         ({**QWEN_MOE, "num_experts_per_tok": 5}, "experts_per_token=5 must lie in 1 to"),
+        ({**QWEN_MOE, "norm_topk_prob": 1}, "norm_topk_prob=1 must be true or false"),
         ({**QWEN_MOE, "decoder_sparse_step": 0}, "decoder_sparse_step=0 must be at least 1"),
         ({**QWEN_MOE, "mlp_only_layers": ["a"]}, "must be a list of whole numbers"),
         ({**QWEN_MOE, "use_sliding_window": True}, "use_sliding_window=true"),
