@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from backends.model_tensors import Single, expected_shapes, published_singles
 from sim.models.architecture import Architecture, load_architecture
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""The dense families whose layer `Transformer` computes."""
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")
+"""The families whose layer `Transformer` computes, dense and with experts."""
 INVERSE_FREQUENCIES = "model.rotary_emb.inv_freq"
 """Name under which rotary frequencies float32 [head_dim / 2] travel with the weights."""
 
@@ -45,11 +46,11 @@ def read_config(folder: Path) -> dict[str, object]:
     return config
 
 
-def dense_architecture(config: Mapping[str, object], source: str) -> Architecture:
+def runnable_architecture(config: Mapping[str, object], source: str) -> Architecture:
     """The architecture of a config.json, when it is one that `Transformer` computes.
 
     Raises:
-        ValueError: another family, another activation, experts, or a value that is impossible.
+        ValueError: another family, another activation, or a value that is impossible.
     """
     family = config.get("model_type")
     if family not in FAMILIES:
@@ -97,39 +98,6 @@ def _stretch_llama3(plain: Tensor, rope: Mapping[str, object]) -> Tensor:
     return (1 - mix) * plain / factor + mix * plain
 
 
-def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor that a checkpoint of `architecture` must hold, by its usual name."""
-    hidden, inner = architecture.hidden_size, architecture.intermediate_size
-    query, kv = architecture.query_size, architecture.kv_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (architecture.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    if not architecture.tie_embeddings:
-        shapes["lm_head.weight"] = (architecture.vocab_size, hidden)
-    linears = {
-        "self_attn.q_proj": (query, hidden, architecture.qkv_bias),
-        "self_attn.k_proj": (kv, hidden, architecture.qkv_bias),
-        "self_attn.v_proj": (kv, hidden, architecture.qkv_bias),
-        "self_attn.o_proj": (hidden, query, architecture.attention_output_bias),
-        "mlp.gate_proj": (inner, hidden, architecture.mlp_bias),
-        "mlp.up_proj": (inner, hidden, architecture.mlp_bias),
-        "mlp.down_proj": (hidden, inner, architecture.mlp_bias),
-    }
-    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
-    if architecture.qk_norm:
-        head_dim = architecture.head_dim
-        norms |= {"self_attn.q_norm": head_dim, "self_attn.k_norm": head_dim}
-    for layer in range(architecture.num_layers):
-        prefix = f"model.layers.{layer}."
-        shapes |= {f"{prefix}{name}.weight": (size,) for name, size in norms.items()}
-        for name, (rows, columns, bias) in linears.items():
-            shapes[f"{prefix}{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{prefix}{name}.bias"] = (rows,)
-    return shapes
-
-
 def read_weights(folder: Path, architecture: Architecture) -> dict[str, Tensor]:
     """The tensors that `architecture` needs, out of one safetensors file or of its shards.
 
@@ -137,23 +105,40 @@ def read_weights(folder: Path, architecture: Architecture) -> dict[str, Tensor]:
         ValueError: no safetensors there, a file that cannot be read, a tensor that is missing, has
             another shape than the configuration says, or is not floating point.
     """
-    expected = expected_shapes(architecture)
+    expected, singles = expected_shapes(architecture), published_singles(architecture)
+    pieces = {one.name for experts in singles.values() for parts in experts for one in parts}
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         found = _load_file(path)
-        _require_floats(path, {name: found[name] for name in found if name in expected})
+        wanted = (name for name in found if name in expected or name in pieces)
+        _require_floats(path, {name: found[name] for name in wanted})
         tensors |= found
     weights: dict[str, Tensor] = {}
     for name, shape in expected.items():
-        if name not in tensors:
-            raise ValueError(f"{folder}: tensor {name} is missing; its config.json asks for it")
-        if tuple(tensors[name].shape) != shape:
-            raise ValueError(
-                f"{folder}: {name} has shape {list(tensors[name].shape)}, but config.json asks "
-                f"for {list(shape)}; the two files do not belong together"
-            )
-        weights[name] = tensors[name]
+        if name not in tensors and name in singles:
+            weights[name] = _joined(folder, tensors, singles[name]).view(shape)
+        else:
+            weights[name] = _take(folder, tensors, Single(name, shape))
     return weights
+
+
+def _take(folder: Path, tensors: dict[str, Tensor], one: Single) -> Tensor:
+    """A tensor that is there and has the shape that it must have; no longer there afterwards."""
+    if one.name not in tensors:
+        raise ValueError(f"{folder}: tensor {one.name} is missing; its config.json asks for it")
+    tensor = tensors.pop(one.name)
+    if tuple(tensor.shape) != one.shape:
+        raise ValueError(
+            f"{folder}: {one.name} has shape {list(tensor.shape)}, but config.json asks "
+            f"for {list(one.shape)}; the two files do not belong together"
+        )
+    return tensor
+
+
+def _joined(folder: Path, tensors: dict[str, Tensor], experts: list[list[Single]]) -> Tensor:
+    """The tensor that lies in pieces; they are let go, so that they are not kept twice."""
+    pieces = [[_take(folder, tensors, one) for one in parts] for parts in experts]
+    return torch.stack([parts[0] if len(parts) == 1 else torch.cat(parts) for parts in pieces])
 
 
 def _load_file(path: Path) -> dict[str, Tensor]:

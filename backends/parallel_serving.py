@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from backends.checkpoints import dense_architecture
+from backends.checkpoints import runnable_architecture
 from backends.collectives import Sent
 from backends.emulated_link import EmulatedLink
 from backends.kv_cache import Corruption
@@ -146,7 +146,7 @@ def architecture_of(run: ParallelRun) -> Architecture:
         ValueError: a model that is not there or cannot be read.
     """
     if run.weights == RANDOM:
-        return dense_architecture(TINY_CONFIG if run.config is None else run.config, "config")
+        return runnable_architecture(TINY_CONFIG if run.config is None else run.config, "config")
     return load_model(run.weights).config
 
 

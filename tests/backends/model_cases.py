@@ -33,6 +33,25 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+EXPERTS: dict[str, Any] = {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+}
+EXPERT_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "mixtral_all_chosen": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 3}),
+    "mixtral_one_expert_tied": (
+        "Mixtral",
+        {"num_local_experts": 1, "num_experts_per_tok": 1, "tie_word_embeddings": True},
+    ),
+    "qwen3_moe": ("Qwen3Moe", EXPERTS | {"head_dim": 16, "norm_topk_prob": True}),
+    "qwen3_moe_every_other": (
+        "Qwen3Moe",
+        EXPERTS | {"head_dim": 8, "norm_topk_prob": False, "decoder_sparse_step": 2},
+    ),
+    "qwen2_moe": ("Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 56}),
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama_biased_stretched": (
@@ -43,7 +62,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {"rms_norm_eps": 1e-5}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
-}
+} | EXPERT_CASES
 
 
 def reference_model(case: str) -> Any:
