@@ -19,11 +19,14 @@ MIN_ROWS = 4
 class Linear:
     """y = x W^T + b for any number of rows, float32 without TF32."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Take over weight [outputs, inputs] and bias [outputs]."""
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, pack: bool = True) -> None:
+        """Take over weight [outputs, inputs] and bias [outputs]; not packed where `pack` is false.
+
+        A packed product costs some 30 us a call, however small it is.
+        """
         self.bias = bias
         self.inputs = weight.shape[1]
-        self._packed = _pack(weight)
+        self._packed = _pack(weight) if pack else None
         self._weight = weight if self._packed is None else None
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""A dense decoder over a paged KV cache: one forward pass for decodes and prefill chunks together.
+"""A decoder over a paged KV cache: one forward pass for decodes and prefill chunks together.
 
-The layer of llama, mistral, qwen2 and qwen3: norm, attention with grouped keys, norm, SwiGLU. One
-rank has all of it, or its share (`backends/shards.py`) and peers to make up for the rest.
+The layer of llama, mistral, qwen2 and qwen3: norm, attention with grouped keys, norm, SwiGLU; or in
+its place the experts of mixtral, qwen2_moe and qwen3_moe. One rank has all of it, or its share
+(`backends/shards.py`) and peers to make up for the rest.
 """
 
 from __future__ import annotations
@@ -10,19 +11,22 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from backends.checkpoints import INVERSE_FREQUENCIES
 from backends.forward_batch import Chunk, ForwardBatch
-from backends.kernels.paged import KvCache
 from backends.kernels.rotary_kv_write import Rotation, rotary_tables
 from backends.kv_cache import PagedKVCache
 from backends.kv_layout import uses_kernels
+from backends.layers import Layer
 from backends.linear import Linear
 from backends.operators import KernelOperators, Operators, TorchOperators
 from backends.peers import Alone, Peers
+from backends.placing import Placer
 from backends.sampling import Sampler
 from sim.models.architecture import Architecture
+
+MOST_EXPERT_ROWS = 128
+"""Up to so many rows every number is prepared for an expert; above, only those of whole batches."""
 
 
 class Transformer:
@@ -38,7 +42,20 @@ class Transformer:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         peers: Peers | None = None,
+        *,
+        with_experts: bool = True,
     ) -> None:
+        """Lay out a model, or a rank's share of one.
+
+        Args:
+            config: its architecture.
+            weights: by their usual names (`backends/model_tensors.py`).
+            device: where it computes.
+            dtype: what it computes in.
+            peers: the other ranks of a stage; None: there are none.
+            with_experts: False where other ranks have them: sparse layers then have attention,
+                norms and gate alone, their weights need no experts, and `forward` is not called.
+        """
         self.config, self.device, self.dtype = config, torch.device(device), dtype
         self._peers = peers or Alone()
         window = config.sliding_window or config.max_position_embeddings
@@ -47,7 +64,7 @@ class Transformer:
         # TF32 would cost ten bits of the mantissa, and the comparison with a reference its meaning.
         torch.backends.cuda.matmul.allow_tf32 = False
         with torch.inference_mode():
-            place = _Placer(weights, self.device, dtype)
+            place = Placer(weights, self.device, dtype)
             self._embedding = place.maybe("model.embed_tokens.weight")
             # A stage before the last has neither.
             self._norm = place.maybe("model.norm.weight")
@@ -55,11 +72,12 @@ class Transformer:
             self._head = None if self._norm is None else place.linear(head)
             frequencies = weights[INVERSE_FREQUENCIES].to(self.device)
             self._cos, self._sin = rotary_tables(frequencies, self.max_context)
-            self._layers = [
-                _Layer(config, place, f"model.layers.{index}.", self._peers)
+            self.layers = [
+                Layer(config, place, index, self._peers, with_experts)
                 for index in range(config.num_layers)
             ]
         self._warm_tokens: set[int] = set()
+        self._warm_expert_rows: set[int] = set()
         self._warm_sampled: set[int] = set()
         self._operators = KernelOperators if uses_kernels(self.device, dtype) else TorchOperators
 
@@ -79,6 +97,25 @@ class Transformer:
         Raises:
             ValueError: a context is longer than `max_context`.
         """
+        operators = self.begin(batch, cache)
+        x = self.embed(batch) if hidden is None else hidden
+        residual = torch.zeros_like(x)
+        for layer, kv in zip(self.layers, cache.layers, strict=True):
+            x, residual = layer(x, residual, kv, operators)
+        if self._norm is None:
+            return x + residual
+        return self.logits(x, residual, batch, operators)
+
+    def begin(self, batch: ForwardBatch, cache: PagedKVCache) -> Operators:
+        """What all layers need of a pass; the cache counts what the pass writes and reads.
+
+        Whoever runs the layers of a batch one by one calls this first, then `embed`, each layer of
+        `layers` or its halves, with a residual of zeros before the first, and `logits`; all of it
+        under `torch.inference_mode`.
+
+        Raises:
+            ValueError: a context is longer than `max_context`.
+        """
         if batch.max_context > self.max_context:
             raise ValueError(
                 f"context of {batch.max_context} tokens must not exceed {self.max_context}, the "
@@ -87,13 +124,19 @@ class Transformer:
         slots = cache.begin_write(batch.slot_mapping)
         cache.count_read(batch.context_lengths)
         rotation = Rotation(self._cos, self._sin, batch.positions.to(self.device))
-        operators: Operators = self._operators(self.config, batch, slots, rotation)
-        x = self._embed(batch.token_ids) if hidden is None else hidden
-        residual = torch.zeros_like(x)
-        for layer, kv in zip(self._layers, cache.layers, strict=True):
-            x, residual = layer(x, residual, kv, operators)
-        if self._head is None or self._norm is None:
-            return x + residual
+        return self._operators(self.config, batch, slots, rotation)
+
+    def embed(self, batch: ForwardBatch) -> Tensor:
+        """What the first layer takes [tokens, hidden]; only on a stage that has the embedding."""
+        assert self._embedding is not None
+        return self._peers.embed(batch.token_ids.to(self.device), self._embedding)
+
+    def logits(
+        self, x: Tensor, residual: Tensor, batch: ForwardBatch, operators: Operators
+    ) -> Tensor:
+        """Logits float32 [sampled, vocab] from what the last layer made; only on the last stage."""
+        assert self._head is not None
+        assert self._norm is not None
         x, residual = (
             part.index_select(0, batch.logit_rows.to(self.device)) for part in (x, residual)
         )
@@ -111,10 +154,6 @@ class Transformer:
         logits = self.forward(ForwardBatch.build(cache, chunks), cache)
         return sample(chunks, logits, sampler)
 
-    def _embed(self, token_ids: Tensor) -> Tensor:
-        assert self._embedding is not None
-        return self._peers.embed(token_ids.to(self.device), self._embedding)
-
     @torch.inference_mode()
     def warm_up(self, tokens: Iterable[int], sampled: Iterable[int]) -> None:
         """Multiply by every shape of weight once for each number of rows.
@@ -126,17 +165,28 @@ class Transformer:
             tokens: numbers of tokens that an iteration may have.
             sampled: numbers of tokens that it may sample.
         """
-        linears = self._layers[0].linears
-        for rows in sorted(set(tokens) - self._warm_tokens):
+        tokens = set(tokens)
+        # One layer of each kind: a model may have dense and sparse ones.
+        kinds = {type(layer.mlp): layer for layer in reversed(self.layers)}.values()
+        self._multiply(
+            [linear for layer in kinds for linear in layer.linears], tokens, self._warm_tokens
+        )
+        # Of so many tokens an expert may get any number.
+        few = range(1, min(max(tokens, default=0), MOST_EXPERT_ROWS) + 1)
+        self._multiply(
+            [linear for layer in kinds for linear in layer.mlp.expert_linears],
+            tokens.union(few),
+            self._warm_expert_rows,
+        )
+        if self._head is not None:
+            self._multiply([self._head], set(sampled), self._warm_sampled)
+
+    def _multiply(self, linears: Sequence[Linear], rows: set[int], warm: set[int]) -> None:
+        """Call each of `linears` once for each number of rows that is not warm yet."""
+        for count in sorted(rows - warm):
             for linear in linears:
-                linear(torch.zeros(rows, linear.inputs, device=self.device, dtype=self.dtype))
-            self._warm_tokens.add(rows)
-        if self._head is None:
-            return
-        for rows in sorted(set(sampled) - self._warm_sampled):
-            shape = (rows, self._head.inputs)
-            self._head(torch.zeros(shape, device=self.device, dtype=self.dtype))
-            self._warm_sampled.add(rows)
+                linear(torch.zeros(count, linear.inputs, device=self.device, dtype=self.dtype))
+        warm |= rows
 
 
 def sample(chunks: Sequence[Chunk], logits: Tensor, sampler: Sampler) -> list[int]:
@@ -155,72 +205,3 @@ def synchronise(device: torch.device) -> None:
     """Wait for a device that works on its own."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-class _Layer:
-    """One layer; what comes out is not yet added to the residual, the next norm does that."""
-
-    def __init__(self, config: Architecture, place: _Placer, prefix: str, peers: Peers) -> None:
-        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-        self._peers = peers
-        self._head_dim = config.head_dim
-        self._num_heads, self._num_kv_heads = config.num_heads, config.num_kv_heads
-        self._input_norm = place(f"{prefix}input_layernorm.weight")
-        self._mlp_norm = place(f"{prefix}post_attention_layernorm.weight")
-        self._qkv = place.linear(*(f"{attention}{part}_proj" for part in "qkv"))
-        self._output = place.linear(f"{attention}o_proj")
-        self._gate_up = place.linear(f"{mlp}gate_proj", f"{mlp}up_proj")
-        self._down = place.linear(f"{mlp}down_proj")
-        self._qk_norm: tuple[Tensor, Tensor] | None = None
-        if config.qk_norm:
-            norms = (place(f"{attention}{part}_norm.weight") for part in "qk")
-            self._qk_norm = (next(norms), next(norms))
-
-    @property
-    def linears(self) -> tuple[Linear, ...]:
-        """Its matrix products."""
-        return self._qkv, self._output, self._gate_up, self._down
-
-    def __call__(
-        self, x: Tensor, residual: Tensor, cache: KvCache, operators: Operators
-    ) -> tuple[Tensor, Tensor]:
-        normed, residual = operators.add_norm(x, residual, self._input_norm)
-        heads = self._qkv(normed).view(len(x), -1, self._head_dim)
-        if self._qk_norm is not None:
-            heads = self._normalise(heads, self._qk_norm, operators)
-        query = operators.turn_and_store(heads, cache)
-        attended = operators.attend(query, cache)
-        x = self._peers.add(self._output(attended.reshape(len(x), -1)), "attention_output")
-        normed, residual = operators.add_norm(x, residual, self._mlp_norm)
-        gate, up = self._gate_up(normed).chunk(2, -1)
-        return self._peers.add(self._down(silu(gate).mul_(up)), "mlp_output"), residual
-
-    def _normalise(
-        self, heads: Tensor, weights: tuple[Tensor, Tensor], operators: Operators
-    ) -> Tensor:
-        sizes = [self._num_heads, self._num_kv_heads, self._num_kv_heads]
-        query, key, value = heads.split(sizes, 1)
-        normed = (operators.norm(query, weights[0]), operators.norm(key, weights[1]))
-        return torch.cat((*normed, value), 1)
-
-
-class _Placer:
-    """Takes weights by name and puts them on the device, several as one where they are fused."""
-
-    def __init__(
-        self, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self._weights, self._device, self._dtype = weights, device, dtype
-
-    def __call__(self, name: str) -> Tensor:
-        return self._weights[name].to(self._device, self._dtype)
-
-    def maybe(self, name: str) -> Tensor | None:
-        """None where this rank's share lacks it."""
-        return self(name) if name in self._weights else None
-
-    def linear(self, *names: str) -> Linear:
-        """One linear layer that computes those of `names` side by side."""
-        weight = torch.cat([self(f"{name}.weight") for name in names])
-        biases = [self(f"{name}.bias") for name in names if f"{name}.bias" in self._weights]
-        return Linear(weight, torch.cat(biases) if biases else None)
