@@ -20,12 +20,11 @@ from backends.pipeline import serve_lanes
 from backends.ranks import require_ranks, run_ranks
 from backends.sampling import Sampler
 from backends.serving import RANDOM, Served, require_model, serve
-from backends.shards import Share
+from backends.shards import Share, require_shares
 from backends.weights import TINY_CONFIG, load_model, random_model
 from sim.engine import ReplicaLimits
 from sim.lanes import lane_limits, num_lanes
 from sim.models.architecture import Architecture
-from sim.models.split import require_parallel
 from sim.policies.batching.base import Batching
 from sim.policies.registry import load_file, user_files
 from sim.policies.routing.base import Routing
@@ -123,7 +122,7 @@ def serve_parallel(run: ParallelRun) -> ParallelServed:
     """
     require_model(run.weights, run.device)
     require_ranks(run.size, run.device)
-    require_parallel(architecture_of(run), run.tp_size, run.pp_size)
+    require_shares(architecture_of(run), run.tp_size, run.pp_size)
     assert run.lane_limits.num_blocks > 0  # refuses shares that are none
     # Modules of a user's own policies are read again in each process before the run is.
     arguments = (user_files(), pickle.dumps(run))

@@ -1,7 +1,7 @@
 """Serve a workload for real in one call: what validation and benchmarks run."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from sim.workload.recorded import Recorded
 from sim.workload.source import Source
 
 RANDOM = "random"
-"""Name of the tiny model of random weights."""
+"""Name of a model of random weights, the tiny one where no configuration is given."""
 
 
 class Served(NamedTuple):
@@ -56,15 +56,24 @@ def require_model(source: str, device: str) -> None:
 
 
 def open_model(
-    source: str, device: str, progress: Progress | None = None
+    source: str,
+    device: str,
+    progress: Progress | None = None,
+    config: Mapping[str, object] | None = None,
 ) -> tuple[Model, Transformer]:
-    """Load weights (`random` for the tiny model) and lay them out on a device, in float32.
+    """Load weights and lay them out on a device, in float32.
+
+    Args:
+        source: as `load_model` takes it, or `random`.
+        device: where the model computes.
+        progress: told of each step of a conversion.
+        config: of random weights, the values of a config.json; None: that of the tiny model.
 
     Raises:
         ValueError: no such model, an unreadable checkpoint, or no such device.
     """
     require_model(source, device)
-    model = random_model() if source == RANDOM else load_model(source, progress=progress)
+    model = random_model(config) if source == RANDOM else load_model(source, progress=progress)
     return model, Transformer(model.config, model.weights, device, torch.float32)
 
 

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from backends.checkpoints import INVERSE_FREQUENCIES
 from backends.weights import Model
 from sim.models.architecture import Architecture
+from sim.models.parallel import stage_part
 from sim.models.split import require_parallel, stage_layers
 
 BY_OUTPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -56,20 +57,34 @@ class Share:
         return range(stage * self.tp_size, (stage + 1) * self.tp_size)
 
 
+def require_shares(architecture: Architecture, tp_size: int, pp_size: int) -> None:
+    """Refuse sizes that do not divide the model, or that ranks here cannot take shares for.
+
+    Raises:
+        ValueError: as `require_parallel`, or a layer with experts is to be split.
+    """
+    require_parallel(architecture, tp_size, pp_size)
+    if tp_size > 1 and architecture.sparse_layers:
+        raise ValueError(
+            f"tp_size={tp_size} must be 1 for {architecture.name}: its "
+            f"{architecture.num_experts} experts a layer are not split among ranks here, only the "
+            "layers of dense models are; split it into stages by pp_size, or run it on one rank"
+        )
+
+
 def share_of(model: Model, share: Share) -> tuple[Architecture, dict[str, Tensor]]:
     """The architecture and the weights of a rank, layers counted from 0.
 
     The architecture keeps the whole vocabulary: it says which tokens there are.
 
     Raises:
-        ValueError: the sizes do not divide the model.
+        ValueError: the sizes do not divide the model, or would cut its experts.
     """
     config, tp_size = model.config, share.tp_size
-    require_parallel(config, tp_size, share.pp_size)
+    require_shares(config, tp_size, share.pp_size)
     layers = stage_layers(config.num_layers, share.pp_size)[share.stage]
     part = replace(
-        config,
-        num_layers=len(layers),
+        stage_part(config, share.pp_size, share.stage),
         num_heads=config.num_heads // tp_size,
         num_kv_heads=config.num_kv_heads // tp_size,
         intermediate_size=config.intermediate_size // tp_size,

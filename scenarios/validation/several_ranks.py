@@ -18,6 +18,7 @@ from backends.ranks import require_ranks, run_ranks
 from backends.reference import KeepLogits, OneRank
 from backends.sampling import Sampler
 from backends.serving import RANDOM, require_model
+from backends.shards import require_shares
 from backends.tokenizer import Tokenizer, prompt_token_ids
 from backends.transformer import Transformer
 from backends.weights import TINY_CONFIG, Model, load_model, random_model
@@ -142,7 +143,7 @@ class _Weights:
         self.weights, self.config, self.about = weights, None, ""
         self.model = random_model() if weights == RANDOM else load_model(weights)
         try:
-            require_parallel(self.model.config, ranks.tp_size, ranks.pp_size)
+            require_shares(self.model.config, ranks.tp_size, ranks.pp_size)
         except ValueError as error:
             self.weights = RANDOM
             self.about = f"; of random weights, as {error}"

@@ -12,6 +12,7 @@ from backends.reference import KeepLogits
 from backends.sampling import Sampler, Sampling
 from backends.serving import open_model, serve, use_one_thread
 from backends.tokenizer import Tokenizer
+from backends.weights import shipped_config
 from scenarios.validation import decisions, parallel
 from scenarios.validation.numbers import all_at_once
 from scenarios.validation.openings import TEXTS
@@ -132,6 +133,8 @@ def test_what_does_not_divide_is_refused_before_a_rank_is_started():
         serve_parallel(run_of(3, 1))
     with pytest.raises(ValueError, match="pp_size=3 must lie in 1 to the 2 layers"):
         serve_parallel(run_of(1, 3))
+    with pytest.raises(ValueError, match="tp_size=2 must be 1 for mixtral: its 8 experts"):
+        serve_parallel(run_of(2, 1, config=shipped_config("tiny_mixtral")))
 
 
 def test_a_policy_that_overbooks_is_told_so_by_the_first_rank():

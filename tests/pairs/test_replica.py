@@ -6,6 +6,7 @@ import pytest
 from backends.kv_cache import Corruption
 from backends.sampling import Sampler, Sampling
 from backends.serving import open_model, serve, use_one_thread
+from backends.weights import shipped_config
 from scenarios.validation.decisions import (
     CONTEXT,
     LIMITS,
@@ -44,6 +45,15 @@ def test_replayed_decisions_and_kv_bytes_are_equal_with_preemption(tiny, rule):
     assert line.verdict is Verdict.passed, line.note
     for line in byte_lines(rule, panels, tiny.config):
         assert line.verdict is Verdict.passed, line
+
+
+def test_a_mixture_of_experts_replays_as_a_dense_model_does():
+    use_one_thread()
+    mixture = open_model("random", "cpu", config=shipped_config("tiny_mixtral"))[1]
+    batching = with_short_chunks(policies("batching")["chunked_prefill"]())
+    lines = exact_lines("chunked_prefill", mixture, batching, 80, seed=0)
+    assert len(lines) == 4
+    assert [line.verdict for line in lines] == [Verdict.passed] * 4, lines
 
 
 @pytest.mark.parametrize("rule", RULES)
