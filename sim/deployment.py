@@ -4,12 +4,15 @@ import warnings
 from functools import partial
 
 from sim.costs.fitted import Fitted
+from sim.expert_setup import ExpertSetup, loads_of
 from sim.faults import Part, outages
 from sim.knowledge_setup import check_knowledge, retrieves, simulate_knowledge_seed
 from sim.models.split import stage_layers
 from sim.placement import place
 from sim.policies.instance_plan.base import phases
 from sim.processes.alone import simulate
+from sim.processes.expert_pace import ExpertPace
+from sim.processes.expert_pipeline import PipelineRules, simulate_expert_pipeline
 from sim.processes.failover import Failures, simulate_failures
 from sim.processes.hand_over import simulate_hand_over
 from sim.processes.kv_moves import NetworkTransport
@@ -28,6 +31,8 @@ def simulate_seed(scenario: Scenario, setup: Setup, seed: int) -> Trace:
     if retrieves(scenario):
         return simulate_knowledge_seed(scenario, setup, seed)
     source = Source(scenario.workload, seed, setup.max_model_tokens)
+    if setup.experts is not None:
+        return _with_experts(scenario, setup, setup.experts, seed)
     policy, ahead = scenario.policy, scenario.engine.schedules_ahead
     if any(one.kills for one in scenario.faults):
         trace = _with_deaths(scenario, setup, source)
@@ -67,6 +72,10 @@ def check_deployment(scenario: Scenario, setup: Setup) -> None:
     Raises:
         ValueError: what is wrong, with the value, the rule and the way out.
     """
+    if setup.experts is not None:
+        for seed in scenario.seeds:
+            loads_of(scenario, setup.experts, seed)
+        return
     apart = separates_phases(scenario)
     if apart or scenario.cluster is not None:
         place(scenario)
@@ -85,6 +94,20 @@ def check_deployment(scenario: Scenario, setup: Setup) -> None:
                 f"{one}: cost=fitted measures iterations as a whole, and does not know what part "
                 "of them that is; take part=node, or another cost"
             )
+
+
+def _with_experts(scenario: Scenario, setup: Setup, experts: ExpertSetup, seed: int) -> Trace:
+    deployment, policy = experts.deployment, scenario.policy
+    pace = ExpertPace(
+        experts.costs, deployment, loads_of(scenario, experts, seed),
+        overhead_s=scenario.engine.iteration_overhead_s,
+        prefill_here=scenario.experts.prefill_here,
+    )  # fmt: skip
+    return simulate_expert_pipeline(
+        Source(scenario.workload, seed, setup.max_model_tokens),
+        PipelineRules(policy.batching, policy.micro_batching, policy.routing),
+        setup.limits, (deployment.attention.num_nodes, deployment.num_micro_batches), pace,
+    )  # fmt: skip
 
 
 def _paces(scenario: Scenario, setup: Setup) -> list[Pace]:

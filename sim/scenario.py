@@ -6,6 +6,7 @@ from math import isfinite
 
 from hardware_models.schema import Cluster, Gpu, Node
 from sim.engine import Engine
+from sim.experts import Experts
 from sim.faults import Fault, check_faults
 from sim.knowledge import Knowledge
 from sim.metrics import Slo
@@ -17,6 +18,10 @@ from sim.policies.expert_balance.base import ExpertBalance
 from sim.policies.expert_balance.static import Static
 from sim.policies.instance_plan.base import InstancePlan
 from sim.policies.instance_plan.colocated import Colocated
+from sim.policies.micro_batching.base import MicroBatching
+from sim.policies.micro_batching.none import WholeBatch
+from sim.policies.parallel_plan.base import ParallelPlan
+from sim.policies.parallel_plan.tensor import Tensor
 from sim.policies.request_order.base import RequestOrder
 from sim.policies.request_order.fcfs import Fcfs
 from sim.policies.retrieval_overlap.base import RetrievalOverlap
@@ -92,6 +97,10 @@ class Policies:
     """Which waiting request with retrieved documents is offered a seat first."""
     retrieval_overlap: RetrievalOverlap = field(default_factory=NoOverlap)
     """Whether a prompt is prefilled before its documents are certain."""
+    parallel_plan: ParallelPlan = field(default_factory=Tensor)
+    """Where the parts of a replica lie: attention and experts together, or apart."""
+    micro_batching: MicroBatching = field(default_factory=WholeBatch)
+    """Into which parts a batch is split that goes between attention and experts."""
     expert_balance: ExpertBalance = field(default_factory=Static)
     """Which experts have replicas, and on which node each one lies."""
 
@@ -108,6 +117,8 @@ class Scenario:
     """The engine's limits."""
     workload: Workload = field(default_factory=Default)
     """What is asked of it."""
+    experts: Experts = field(default_factory=Experts)
+    """Where attention and experts may lie, for plans that place them."""
     token_routing: TokenRouting = field(default_factory=Uniform)
     """Which experts each token chooses, where a model has some."""
     policy: Policies = field(default_factory=Policies)

@@ -7,6 +7,13 @@ from sim.cost_choice import cost_of
 from sim.costs.base import StagedCost
 from sim.engine import Engine, ReplicaLimits
 from sim.engine_profiles import batch_limits
+from sim.expert_setup import (
+    EvenCost,
+    ExpertSetup,
+    node_limits,
+    places_experts,
+    prepare_experts,
+)
 from sim.lanes import lane_limits, num_lanes
 from sim.memory import Device, device_of, kv_blocks, memory_need
 from sim.models.architecture import Architecture, load_architecture
@@ -36,6 +43,8 @@ class Setup:
     kv_bytes_per_token: int
     lanes: int = 1
     """Batches that a replica has in flight."""
+    experts: ExpertSetup | None = None
+    """Where its plan places experts; `limits` are then those of an attention node."""
 
     def kv_bytes_moved(self, tokens: int) -> int:
         """Bytes that move with the KV of so many tokens of one request: blocks move whole."""
@@ -49,6 +58,8 @@ def prepare(scenario: Scenario) -> Setup:
         ValueError: no hardware, a model that does not fit, or a cost that the hardware lacks.
     """
     architecture = load_architecture(scenario.model.config or scenario.model.name)
+    if places_experts(scenario):
+        return _with_experts(scenario, architecture)
     require_parallel(architecture, scenario.tp_size, scenario.pp_size)
     device = device_of(scenario.machine, scenario.gpu)
     max_tokens = _context(scenario.engine, architecture)
@@ -62,6 +73,21 @@ def prepare(scenario: Scenario) -> Setup:
         device=device.name,
         kv_bytes_per_token=kv_bytes_per_token(architecture, scenario.model.cache_dtype.num_bytes),
         lanes=lanes,
+    )
+
+
+def _with_experts(scenario: Scenario, architecture: Architecture) -> Setup:
+    max_tokens = _context(scenario.engine, architecture)
+    experts = prepare_experts(scenario, architecture, max_tokens)
+    attention, holding, _ = experts.plan.deployment
+    return Setup(
+        architecture=architecture,
+        limits=node_limits(scenario, experts),
+        max_model_tokens=max_tokens,
+        cost=EvenCost(experts),
+        device=attention.gpu if holding is None else f"{attention.gpu} and {holding.gpu}",
+        kv_bytes_per_token=kv_bytes_per_token(architecture, scenario.model.cache_dtype.num_bytes),
+        experts=experts,
     )
 
 

@@ -1,7 +1,10 @@
 """One dictionary of figures for a run: what tables, sweeps and comparisons show."""
 
+from collections.abc import Callable
+
 import numpy as np
 
+from hardware_models.schema import Gpu
 from sim import metrics
 from sim.knowledge_metrics import clients_left, knowledge_figures, mean_search_s
 from sim.metrics import RequestTimes, Slo
@@ -34,7 +37,7 @@ def summarise(scenario: Scenario, setup: Setup, trace: Trace) -> dict[str, float
         **metrics.rerouted(trace),
         "num_iterations": trace.num_iterations,
         "num_decisions": len(trace.decisions["repeat"]),
-        "busy_share": metrics.busy_share(trace, scenario.num_replicas, setup.lanes),
+        "busy_share": metrics.busy_share(trace, _executors(scenario, setup), setup.lanes),
         **_transfers(trace, setup),
         "prefix_hit_share": (
             metrics.reused_share(trace) if scenario.engine.prefix_caching else float("nan")
@@ -97,32 +100,52 @@ def _efficiency(
 ) -> dict[str, float]:
     """FLOPs, bytes, and what time on the device costs where price and power are published."""
     done = work_done(trace, setup.architecture, setup.kv_bytes_per_token)
-    gpu = scenario.gpu or (scenario.machine.gpu if scenario.machine else None)
     output = int(trace.requests["output_tokens"].sum())
-    devices = max(num_gpus(scenario), 1)
-    busy = metrics.busy_share(trace, scenario.num_replicas, setup.lanes)
-    price = gpu.price.usd_per_hour if gpu and gpu.price else None
-    rent = price * num_gpus(scenario) if price else None
-    power_w = gpu.power.limit_w if gpu and gpu.power else None
-    peak = gpu.peak.flops_per_s.get(scenario.model.dtype.value) if gpu else None
+    busy = metrics.busy_share(trace, _executors(scenario, setup), setup.lanes)
+    price = _of_gpus(scenario, setup, lambda gpu: gpu.price and gpu.price.usd_per_hour)
+    multiple = _of_gpus(scenario, setup, lambda gpu: gpu.price and gpu.price.relative_to_l20)
+    power_w = _of_gpus(scenario, setup, lambda gpu: gpu.power and gpu.power.limit_w)
+    dtype = scenario.model.dtype.value
+    peak = _of_gpus(scenario, setup, lambda gpu: gpu.peak.flops_per_s.get(dtype))
+    count, nan = num_gpus(scenario, setup), float("nan")
     return {
         "flops": done.flops,
-        "flops_utilisation": done.flops / duration_s / peak / devices if peak else float("nan"),
+        "flops_utilisation": done.flops / duration_s / peak if peak else nan,
         "kv_bytes_written": done.kv_bytes_written,
         "kv_bytes_read": done.kv_bytes_read,
-        "num_gpus": num_gpus(scenario),
-        "usd_per_hour": rent if rent else float("nan"),
+        "num_gpus": count,
+        "throughput_tokens_per_s_per_gpu": output / duration_s / count if count else nan,
+        "price_of_l20s": multiple or nan,
+        "usd_per_hour": price or nan,
         "usd_per_million_output_tokens": (
-            rent * duration_s / 3600 / output * 1e6 if rent else float("nan")
+            price * duration_s / 3600 / output * 1e6 if price else nan
         ),
         "joules_per_output_token_at_power_limit": (
-            power_w * devices * busy * duration_s / output if power_w else float("nan")
+            power_w * busy * duration_s / output if power_w else nan
         ),
     }
 
 
-def num_gpus(scenario: Scenario) -> int:
+def num_gpus(scenario: Scenario, setup: Setup) -> int:
     """GPUs that are paid for: those that serve, however many more their nodes have."""
+    if setup.experts is not None:
+        return setup.experts.num_gpus
     if not (scenario.gpu or (scenario.machine and scenario.machine.gpu)):
         return 0
     return scenario.num_replicas * scenario.tp_size * scenario.pp_size
+
+
+def _of_gpus(scenario: Scenario, setup: Setup, of: Callable[[Gpu], float | None]) -> float | None:
+    """The sum of something over all GPUs; None where it is not known of one."""
+    if setup.experts is not None:
+        return setup.experts.total(of)
+    gpu = scenario.gpu or (scenario.machine.gpu if scenario.machine else None)
+    value = of(gpu) if gpu is not None else None
+    return None if value is None else value * num_gpus(scenario, setup)
+
+
+def _executors(scenario: Scenario, setup: Setup) -> int:
+    """What iterations are numbered by: attention nodes, or replicas."""
+    if setup.experts is not None:
+        return setup.experts.plan.deployment.attention.num_nodes
+    return scenario.num_replicas

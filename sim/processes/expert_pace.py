@@ -40,7 +40,7 @@ class ExpertPace(AtOnce):
     """A `PipelinePace` from costs."""
 
     def __init__(
-        self, costs: DeploymentCosts, deployment: Deployment, count: int, loads: ExpertLoads, *,
+        self, costs: DeploymentCosts, deployment: Deployment, loads: ExpertLoads, *,
         overhead_s: float = 0.0, prefill_here: bool = True,
         watch: Callable[[float, StageTimes], None] | None = None,
     ) -> None:  # fmt: skip
@@ -48,14 +48,14 @@ class ExpertPace(AtOnce):
 
         Args:
             costs: of its nodes.
-            deployment: where everything lies.
-            count: micro-batches.
+            deployment: where everything lies, and in how many micro-batches a batch goes round.
             loads: of the experts.
             overhead_s: of the engine, once an iteration.
             prefill_here: whether prompts are computed; else their KV comes with them.
             watch: told of each iteration's start and times; every one is then simulated.
         """
-        self._costs, self._deployment, self._count = costs, deployment, count
+        self._costs, self._deployment = costs, deployment
+        self._count = deployment.num_micro_batches
         self._loads, self._overhead_s, self._watch = loads, overhead_s, watch
         self._shape = shape_of if prefill_here else as_decodes
         attention = deployment.attention
