@@ -5,25 +5,24 @@ from typing import NamedTuple
 
 from sim.models.work import IterationShape
 from sim.policies.batching.base import Batch
-from sim.policies.micro_batching.base import Row
 from sim.state.replica_state import ReplicaState
 
 
 class BatchRow(NamedTuple):
-    """What a request brings to an iteration."""
+    """What a request brings to an iteration; the `Row` that micro-batching rules see."""
 
     request_id: int
-    start: int
-    """Position of its first token to compute."""
     tokens: int
+    context_tokens: int
+    """Whose KV these tokens read, themselves included."""
     samples: bool
     """Whether its next token comes of it."""
     decodes: bool
 
     @property
-    def size(self) -> Row:
-        """As a micro-batching rule sees it."""
-        return Row(self.tokens, self.start + self.tokens)
+    def start(self) -> int:
+        """Position of its first token to compute."""
+        return self.context_tokens - self.tokens
 
 
 class NodeBatch(NamedTuple):
@@ -44,27 +43,32 @@ class NodeBatch(NamedTuple):
 def batch_of(batch: Batch, state: ReplicaState) -> list[BatchRow]:
     """The rows of a batch that was just applied: decodes in order of admission, then chunks."""
     chunks = dict(batch.prefill)
+    running = state.running()
     rows: list[BatchRow] = []
-    left: dict[int, tuple[int, int]] = {}
-    for request_id, context, prefill_left in state.running():
-        if request_id in chunks:
-            left[request_id] = context, prefill_left
-        elif batch.decode and not prefill_left:
-            rows.append(BatchRow(request_id, context - 1, 1, True, True))
-    for request_id, tokens in batch.prefill:
-        context, prefill_left = left[request_id]
-        rows.append(BatchRow(request_id, context - tokens, tokens, not prefill_left, False))
+    if batch.decode:
+        rows = [
+            BatchRow(request_id, 1, context, True, True)
+            for request_id, context, left in running
+            if not left and request_id not in chunks
+        ]
+    if chunks:
+        after = {one.request_id: one for one in running if one.request_id in chunks}
+        for request_id, tokens in batch.prefill:
+            _, context, left = after[request_id]
+            rows.append(BatchRow(request_id, tokens, context, not left, False))
     return rows
 
 
 def shape_of(rows: Sequence[BatchRow]) -> IterationShape:
     """The work of some rows."""
     chunks = [(row.tokens, row.start) for row in rows if not row.decodes]
-    contexts = [row.start + 1 for row in rows if row.decodes]
+    if not chunks:
+        return as_decodes(rows)
+    contexts = [row.context_tokens for row in rows if row.decodes]
     return IterationShape.of(chunks, contexts, sum(row.samples for row in rows))
 
 
 def as_decodes(rows: Sequence[BatchRow]) -> IterationShape:
     """The work of rows whose prompts were computed elsewhere: each is one more token."""
-    contexts = [row.start + row.tokens for row in rows]
-    return IterationShape.of((), contexts, len(contexts))
+    count = len(rows)
+    return IterationShape(0, 0, 0, 0, count, sum([row.context_tokens for row in rows]), count)

@@ -103,7 +103,7 @@ class ExpertPipeline:
         """A node's batch in parts; without rows where it has nothing to do."""
         batch = node.begin()
         rows = [] if batch is None else batch_of(batch, node.state)
-        parts = checked_split(self._rule, [row.size for row in rows], self._count)
+        parts = checked_split(self._rule, rows, self._count)
         return NodeBatch(rows, parts)
 
     def _sleep(self) -> Event:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from simpy.events import Event
-from simpy.resources.store import Store
 
 from sim.processes.exact_time import ExactEnvironment
 
@@ -77,8 +76,9 @@ class Iteration:
         self._environment, self._times, self._ways = environment, times, ways
         self._visited = visited
         self.num_layers, self.num_micro_batches = times.attention_s.shape
-        # Each store holds the micro-batches that wait before a station, in order.
-        self._waiting = [Store(environment) for _ in STATIONS]
+        self._waiting = [0] * len(STATIONS)
+        """Micro-batches that wait before each station; they come in the order in which they go."""
+        self._idle: list[Event | None] = [None] * len(STATIONS)
         self.done: Event = environment.process(self._attention())
         """Fires when the last micro-batch has its tokens."""
         for station in range(1, len(STATIONS)):
@@ -93,12 +93,12 @@ class Iteration:
         """Attention begins an iteration and ends it."""
         for layer, micro_batch in self._jobs():
             if layer:
-                yield self._waiting[0].get()
+                yield from self._next(0)
             yield from self._compute(0, layer, micro_batch, self._times.attention_s)
-            self._waiting[1].put(micro_batch)
+            self._pass(1)
         outside_s = self._times.outside_s
         for micro_batch in range(self.num_micro_batches):
-            yield self._waiting[0].get()
+            yield from self._next(0)
             start_s = self._environment.now
             if outside_s[micro_batch]:
                 yield self._environment.boundary(start_s + float(outside_s[micro_batch]))
@@ -106,17 +106,31 @@ class Iteration:
 
     def _serve(self, station: int) -> Generator[Event, Any, None]:
         times = self._times[station]
-        following = self._waiting[(station + 1) % len(STATIONS)]
+        following = (station + 1) % len(STATIONS)
         moves = station != STATIONS.index("experts")
         for layer, micro_batch in self._jobs():
-            yield self._waiting[station].get()
+            yield from self._next(station)
             if moves and self._ways is not None:
                 start_s = self._environment.now
                 yield self._ways(station, layer, micro_batch)
                 self._note(station, layer, micro_batch, start_s)
             else:
                 yield from self._compute(station, layer, micro_batch, times)
-            following.put(micro_batch)
+            self._pass(following)
+
+    def _next(self, station: int) -> Generator[Event, Any, None]:
+        """Wait for the next micro-batch before a station."""
+        if not self._waiting[station]:
+            self._idle[station] = idle = Event(self._environment)
+            yield idle
+        self._waiting[station] -= 1
+
+    def _pass(self, station: int) -> None:
+        """A micro-batch comes to a station."""
+        self._waiting[station] += 1
+        if (idle := self._idle[station]) is not None:
+            self._idle[station] = None
+            idle.succeed()
 
     def _compute(
         self, station: int, layer: int, micro_batch: int, times: Seconds

@@ -6,18 +6,23 @@ While the experts compute one part, attention computes another (MegaScale-Infer,
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Protocol
 
 from sim.policies.base import Policy
 
 
-class Row(NamedTuple):
-    """A request's share of a batch on one attention node."""
+class Row(Protocol):
+    """A request's share of a batch on one attention node. Read only."""
 
-    tokens: int
-    """To compute: 1 for a decode."""
-    context_tokens: int
-    """Whose KV they read, themselves included."""
+    @property
+    def tokens(self) -> int:
+        """To compute: 1 for a decode."""
+        ...
+
+    @property
+    def context_tokens(self) -> int:
+        """Whose KV they read, themselves included."""
+        ...
 
 
 @dataclass(kw_only=True)

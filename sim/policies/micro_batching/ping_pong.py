@@ -33,10 +33,9 @@ class PingPong(MicroBatching):
         """The largest rows first, each to the micro-batch with the least so far."""
         parts: list[list[int]] = [[] for _ in range(count)]
         loads = [(0, 0, at) for at in range(count)]
-        by_size = sorted(range(len(rows)), key=lambda at: (-rows[at].tokens, -rows[at][1], at))
-        for index in by_size:
-            row = rows[index]
-            tokens, context, at = least = min(loads)
-            loads[loads.index(least)] = (tokens + row.tokens, context + row.context_tokens, at)
+        by_size = sorted((-row.tokens, -row.context_tokens, at) for at, row in enumerate(rows))
+        for less_tokens, less_context, index in by_size:
+            tokens, context, at = min(loads)
+            loads[at] = (tokens - less_tokens, context - less_context, at)
             parts[at].append(index)
         return [sorted(part) for part in parts]
