@@ -5,7 +5,8 @@ Online softmax: Milakov and Gimelshein (2018); tiling: FlashAttention (Dao et al
 
 from __future__ import annotations
 
-from backends.kernels.dispatch import IN_INTERPRETER, constexpr, tl, triton
+from backends.kernels.dispatch import constexpr, tl, triton
+from backends.kernels.products import dot
 
 LOG2_E = 1.4426950408889634
 """Kernels multiply scores by it and use exp2, which the hardware has."""
@@ -16,14 +17,6 @@ def gather_slots(table_pointer, tokens, inside, BLOCK_SIZE: constexpr):
     """Slots int64 [tokens] of the tokens of one sequence; those outside get slot 0 of block 0."""
     blocks = tl.load(table_pointer + tokens // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
     return blocks * BLOCK_SIZE + tokens % BLOCK_SIZE
-
-
-@triton.jit
-def dot(left, right):
-    """Matrix product in float32, never through TF32."""
-    if IN_INTERPRETER:  # it multiplies the bit patterns of bfloat16
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, input_precision="ieee")
 
 
 @triton.jit

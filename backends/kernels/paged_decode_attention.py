@@ -16,11 +16,11 @@ from backends.kernels.dispatch import constexpr, runs_triton, tl, triton
 from backends.kernels.online_softmax import (
     LOG2_E,
     absorb_tile,
-    dot,
     gather_slots,
     merge_splits_kernel,
 )
 from backends.kernels.paged import KvCache, check_paging, context_slots, tile_sizes
+from backends.kernels.products import dot
 
 MIN_SPLIT_TOKENS = 256
 """A split shorter than this costs more to merge than it saves."""

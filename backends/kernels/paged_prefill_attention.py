@@ -13,8 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from backends.kernels.checks import check_index, check_shape
 from backends.kernels.dispatch import constexpr, runs_triton, tl, triton
-from backends.kernels.online_softmax import LOG2_E, absorb_tile, dot, gather_slots
+from backends.kernels.online_softmax import LOG2_E, absorb_tile, gather_slots
 from backends.kernels.paged import KvCache, check_paging, context_slots, tile_sizes
+from backends.kernels.products import dot
 
 
 def paged_prefill_attention_reference(
