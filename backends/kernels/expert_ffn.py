@@ -29,6 +29,8 @@ MOST_EXPERTS = 1024
 def expert_ffn_reference(rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """What `expert_ffn` computes, in plain torch, an expert at a time."""
     sizes = counts.tolist()
+    if min(sizes) < 0:
+        raise ValueError(f"counts={sizes} must not be negative; pass the counts of a gate")
     if sum(sizes) != len(rows):
         raise ValueError(
             f"counts sum to {sum(sizes)} and must sum to the {len(rows)} rows; "

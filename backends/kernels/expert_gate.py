@@ -156,9 +156,9 @@ def place_choices_kernel(  # noqa: PLR0913, PLR0917
         places, inside = rows * TOP_K + choice, rows < tokens
         expert = tl.load(expert_ids_pointer + places, mask=inside, other=0)
         is_expert = ids[None, :] == expert[:, None]
-        start = tl.sum(tl.where(is_expert, starts[None, :], 0), 1)
+        first = tl.sum(tl.where(is_expert, starts[None, :], 0), 1)
         slot = tl.load(slots_pointer + places, mask=inside, other=0)
-        tl.store(slots_pointer + places, slot + start, mask=inside)
+        tl.store(slots_pointer + places, slot + first, mask=inside)
 
 
 @triton.jit
@@ -200,11 +200,13 @@ def expert_gate(
     routed = Routed(
         expert_ids=torch.empty((tokens, top_k), dtype=torch.int32, **options),
         weights=torch.empty((tokens, top_k), dtype=torch.float32, **options),
-        counts=torch.zeros(experts, dtype=torch.int32, **options),
+        counts=torch.empty(experts, dtype=torch.int32, **options),
         slots=torch.empty((tokens, top_k), dtype=torch.int32, **options),
     )
     if tokens:
         _launch(hidden, gate_weight, routed, renormalise)
+    else:
+        routed.counts.zero_()
     return routed
 
 
@@ -226,7 +228,7 @@ def _launch(hidden: Tensor, gate_weight: Tensor, routed: Routed, renormalise: bo
         RENORMALISE=renormalise,
         IS_ONLY_TILE=num_tiles == 1,
         **tiles,
-        num_warps=4 if tiles["EXPERT_TILE"] <= 128 else 8,
+        num_warps=gate_warps(tiles),
         num_stages=3,
     )
     if num_tiles > 1:
@@ -235,7 +237,7 @@ def _launch(hidden: Tensor, gate_weight: Tensor, routed: Routed, renormalise: bo
             TOP_K=top_k,
             TOKEN_TILE=tiles["TOKEN_TILE"],
             EXPERT_TILE=tiles["EXPERT_TILE"],
-            COUNT_TILE=max(1, 4096 // tiles["EXPERT_TILE"]),
+            COUNT_TILE=count_tile(tiles),
             num_warps=4,
         )
 
@@ -248,8 +250,18 @@ def gate_tiles(tokens: int, experts: int, element_size: int) -> dict[str, int]:
     """
     expert_tile = max(16, 1 << (experts - 1).bit_length())
     depth_tile = max(16, min(128, 32768 // expert_tile) // element_size)
-    token_tile = 64 if tokens > 4096 and expert_tile <= 128 else 16
+    token_tile = 64 if tokens > 2048 and expert_tile <= 128 else 16
     return {"TOKEN_TILE": token_tile, "EXPERT_TILE": expert_tile, "DEPTH_TILE": depth_tile}
+
+
+def gate_warps(tiles: dict[str, int]) -> int:
+    """Warps a program, so that its probabilities fit their registers."""
+    return 4 if tiles["TOKEN_TILE"] * tiles["EXPERT_TILE"] < 4096 else 8
+
+
+def count_tile(tiles: dict[str, int]) -> int:
+    """Tiles of tokens whose counts are added up at once, in registers."""
+    return 2048 // tiles["EXPERT_TILE"]
 
 
 def scatter_rows(hidden: Tensor, routed: Routed) -> Tensor:

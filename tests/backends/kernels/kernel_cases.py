@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from backends.kernels.paged import KvCache
@@ -14,6 +15,10 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
 
 DTYPES = tuple(TOLERANCE)
 POISON_BLOCK = 2**30
+few_examples = settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+"""For kernels, which the interpreter runs slowly."""
 
 
 def assert_near(actual: Tensor, expected: Tensor) -> None:

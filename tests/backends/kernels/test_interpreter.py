@@ -1,4 +1,4 @@
-"""Starts test_kernels.py under Triton's interpreter, which no process can mix with compiling."""
+"""Starts the kernel tests under Triton's interpreter, which no process can mix with compiling."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.slow
-def test_every_kernel_agrees_with_its_reference_when_interpreted():
+@pytest.mark.parametrize("name", ["test_kernels.py", "test_expert_kernels.py"])
+def test_every_kernel_agrees_with_its_reference_when_interpreted(name):
     root = Path(__file__).parents[3]
-    target = Path(__file__).with_name("test_kernels.py")
+    target = Path(__file__).with_name(name)
     options = ("-q", "-m", "not gpu", "-p", "no:cacheprovider")
     finished = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(target)],

@@ -10,6 +10,9 @@ import pytest
 import torch
 from kernel_cases import offsets, paged_case, random_query
 
+from backends.kernels.expert_combine import expert_combine
+from backends.kernels.expert_ffn import expert_ffn
+from backends.kernels.expert_gate import Routed, expert_gate, scatter_rows
 from backends.kernels.paged import KvCache
 from backends.kernels.paged_decode_attention import paged_decode_attention
 from backends.kernels.paged_prefill_attention import paged_prefill_attention
@@ -86,11 +89,92 @@ def test_rotary_refuses(head_dim, slots, message):
         rotary_kv_write(rows, rows, rows, rotation, cache, slots)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden": torch.zeros(2, 1, 8)}, r"hidden.shape=\[2, 1, 8\] must be \[\*, \*\]"),
+        ({"hidden": torch.zeros(2, 8).long()}, r"hidden.dtype=torch.int64 must be one of"),
+        ({"hidden": torch.zeros(8, 2).T}, r"hidden.stride.* pass hidden.contiguous"),
+        ({"gate_weight": torch.zeros(4, 7)}, r"gate_weight.shape=\[4, 7\] must be \[\*, 8\]"),
+        ({"gate_weight": torch.zeros(4, 8).half()}, r"gate_weight.dtype=.* must equal hidden"),
+        ({"gate_weight": torch.zeros(8, 4).T}, r"pass gate_weight.contiguous"),
+        ({"gate_weight": torch.zeros(0, 8)}, r"has 0 experts and must have 1 to 512"),
+        ({"gate_weight": torch.zeros(513, 8)}, r"has 513 experts .*; split the experts"),
+        ({"top_k": 0}, r"top_k=0 must be between 1 and experts=4; check"),
+        ({"top_k": 5}, r"top_k=5 must be between 1 and experts=4; check"),
+    ],
+)
+def test_gate_refuses(changes, message):
+    arguments = {"hidden": torch.zeros(2, 8), "gate_weight": torch.zeros(4, 8), "top_k": 2}
+    with pytest.raises(ValueError, match=message):
+        expert_gate(**(arguments | changes))
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [
+        (torch.zeros(3, 2).int(), r"routed.slots.shape=\[3, 2\] must be \[2, \*\]"),
+        (torch.zeros(2, 2).long(), r"routed.slots.dtype=torch.int64 must be torch.int32"),
+        (torch.zeros(2, 2).int().T, r"pass routed.slots.contiguous"),
+    ],
+)
+def test_scatter_refuses(slots, message):
+    routed = Routed(slots, slots.float(), torch.zeros(4).int(), slots)
+    with pytest.raises(ValueError, match=message):
+        scatter_rows(torch.zeros(2, 8), routed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": torch.zeros(3)}, r"rows.shape=\[3\] must be \[\*, \*\]: n, hidden"),
+        ({"rows": torch.zeros(3, 8).bfloat16()}, r"gate_up.dtype=.* must equal rows.dtype"),
+        ({"counts": torch.tensor([3, 0])}, r"counts.dtype=torch.int64 must be torch.int32"),
+        ({"counts": torch.zeros(0).int()}, r"0 experts and must have 1 to 1024"),
+        ({"counts": torch.tensor([3, 1]).int()}, r"counts sum to 4 and must sum to the 3 rows"),
+        ({"counts": torch.tensor([4, -1]).int()}, r"counts=\[4, -1\] must not be negative"),
+        ({"gate_up": torch.zeros(3, 10, 8)}, r"gate_up.shape=\[3, 10, 8\] must be \[2, \*, 8\]"),
+        ({"gate_up": torch.zeros(2, 9, 8)}, r"gate_up.shape=\[2, 9, 8\] must have an even"),
+        ({"down": torch.zeros(2, 8, 4)}, r"down.shape=\[2, 8, 4\] must be \[2, 8, 5\]"),
+        ({"down": torch.zeros(2, 5, 8).mT}, r"pass down.contiguous"),
+    ],
+)
+def test_ffn_refuses(changes, message):
+    arguments = {
+        "rows": torch.zeros(3, 8),
+        "counts": torch.tensor([1, 2]).int(),
+        "gate_up": torch.zeros(2, 10, 8),
+        "down": torch.zeros(2, 8, 5),
+    }
+    with pytest.raises(ValueError, match=message):
+        expert_ffn(**(arguments | changes))
+
+
+@pytest.mark.parametrize(
+    ("slots", "weights", "message"),
+    [
+        (torch.zeros(2).int(), torch.zeros(2), r"slots.shape=\[2\] must be \[\*, \*\]"),
+        (torch.zeros(2, 2).int(), torch.zeros(2, 3), r"weights.shape=\[2, 3\] must be \[2, 2\]"),
+        (torch.zeros(2, 2).long(), torch.zeros(2, 2), r"slots.dtype=.* must be torch.int32"),
+        (
+            torch.zeros(2, 2).int(),
+            torch.zeros(2, 2).half(),
+            r"weights.dtype=.* must be torch.float32",
+        ),
+        (torch.zeros(2, 2).int(), torch.zeros(2, 2).T, r"pass weights.contiguous"),
+    ],
+)
+def test_combine_refuses(slots, weights, message):
+    with pytest.raises(ValueError, match=message):
+        expert_combine(torch.zeros(4, 8), slots, weights)
+
+
 def test_operators_run_without_triton():
     program = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
         "from backends.kernels import paged_decode_attention, paged_prefill_attention\n"
+        "from backends.kernels import expert_combine, expert_ffn, expert_gate\n"
         "from backends.kernels import rms_norm, rotary_kv_write\n"
         "print(rms_norm.rms_norm(torch.ones(1, 4), torch.ones(4), 0.0).tolist())\n"
     )

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, assert_near, offsets, paged_case, random_query
+from kernel_cases import (
+    DTYPES,
+    assert_near,
+    few_examples,
+    offsets,
+    paged_case,
+    random_query,
+)
 
-from backends.kernels.dispatch import IS_INTERPRETED
 from backends.kernels.paged import KvCache
 from backends.kernels.paged_decode_attention import (
     paged_decode_attention,
@@ -27,19 +33,6 @@ from backends.kernels.rotary_kv_write import (
 )
 
 HEAD_DIMS = (64, 48, 80)
-few_examples = settings(
-    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-
-
-DEVICE = "cpu" if IS_INTERPRETED else pytest.param("cuda", marks=pytest.mark.gpu)
-
-
-@pytest.fixture(params=[DEVICE])
-def device(request):
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device; test_interpreter.py runs these under the interpreter")
-    return request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
