@@ -16,6 +16,14 @@ import torch
 from torch import Tensor
 
 from backends.kernels.dispatch import IS_INTERPRETED, runs_triton, triton
+from backends.kernels.expert_combine import expert_combine, expert_combine_reference
+from backends.kernels.expert_ffn import expert_ffn, expert_ffn_reference
+from backends.kernels.expert_gate import (
+    expert_gate,
+    expert_gate_reference,
+    scatter_rows,
+    scatter_rows_reference,
+)
 from backends.kernels.paged import KvCache
 from backends.kernels.paged_decode_attention import (
     paged_decode_attention,
@@ -68,6 +76,39 @@ LARGE = Shape(
     num_sequences=32,
     context=4096,
     chunk=512,
+    dtype=torch.bfloat16,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """One layer of experts under one decode batch."""
+
+    model: str
+    hidden: int
+    inner: int
+    experts: int
+    top_k: int
+    tokens: int
+    dtype: torch.dtype
+
+
+SMALL_MIXTURE = Mixture(
+    model="a small mixture",
+    hidden=576,
+    inner=1024,
+    experts=8,
+    top_k=2,
+    tokens=32,
+    dtype=torch.float32,
+)
+LARGE_MIXTURE = Mixture(
+    model="Mixtral-8x7B",
+    hidden=4096,
+    inner=14336,
+    experts=8,
+    top_k=2,
+    tokens=256,
     dtype=torch.bfloat16,
 )
 
@@ -148,6 +189,47 @@ def attention_cases(shape: Shape, device: str) -> list[Case]:
     ]
 
 
+def expert_cases(mixture: Mixture, device: str) -> list[Case]:
+    """Gate, scatter, experts and combine of one layer, routed by chance, so nearly evenly."""
+    options = {"device": device, "dtype": mixture.dtype}
+    hidden = torch.randn(mixture.tokens, mixture.hidden, **options)
+    gate_weight = torch.randn(mixture.experts, mixture.hidden, **options) * mixture.hidden**-0.5
+    gate_up = torch.randn(mixture.experts, 2 * mixture.inner, mixture.hidden, **options)
+    down = torch.randn(mixture.experts, mixture.hidden, mixture.inner, **options)
+    gate_input = (hidden, gate_weight, mixture.top_k)
+    routed = expert_gate(*gate_input)
+    rows = scatter_rows(hidden, routed)
+    ffn_input = (rows, routed.counts, gate_up, down)
+    combine_input = (rows, routed.slots, routed.weights)
+    idle_bytes = size_bytes(gate_up, down) * int((routed.counts == 0).sum()) // mixture.experts
+    return [
+        Case(
+            "expert_gate",
+            lambda: expert_gate(*gate_input),
+            lambda: expert_gate_reference(*gate_input),
+            size_bytes(hidden, gate_weight, *routed),
+        ),
+        Case(
+            "scatter_rows",
+            lambda: scatter_rows(hidden, routed),
+            lambda: scatter_rows_reference(hidden, routed),
+            size_bytes(hidden, routed.slots, rows),
+        ),
+        Case(
+            "expert_ffn",
+            lambda: expert_ffn(*ffn_input),
+            lambda: expert_ffn_reference(*ffn_input),
+            size_bytes(gate_up, down, rows, rows, routed.counts) - idle_bytes,
+        ),
+        Case(
+            "expert_combine",
+            lambda: expert_combine(*combine_input),
+            lambda: expert_combine_reference(*combine_input),
+            size_bytes(rows, hidden, routed.slots, routed.weights),
+        ),
+    ]
+
+
 def median_s(run: Callable[[], object], device: str) -> float:
     """Median seconds of a call, warm."""
     if device == "cuda":
@@ -180,20 +262,28 @@ def row_of(case: Case, device: str, with_kernel: bool) -> dict[str, object]:
 def main() -> None:
     """Time every operator on the best device here."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape = LARGE if device == "cuda" else SMALL
+    shape, mixture = (LARGE, LARGE_MIXTURE) if device == "cuda" else (SMALL, SMALL_MIXTURE)
     with_kernel = runs_triton(torch.empty(0, device=device)) and not IS_INTERPRETED
     torch.manual_seed(0)
     name = (
         torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     )
     print(f"{shape.model}, {shape.num_sequences} x {shape.context} tokens, {shape.dtype}, {name}")
+    print(
+        f"{mixture.model}, {mixture.tokens} tokens, {mixture.top_k} of {mixture.experts} experts, "
+        f"{mixture.dtype}"
+    )
     if not with_kernel:
         print("The Triton kernels were not run: no CUDA device here. Times are of the references.")
     print(f"{'operator':26}{'kernel us':>12}{'GB/s':>10}{'reference us':>16}{'GB/s':>10}")
     cases = token_cases(shape, device) + attention_cases(shape, device)
+    cases += expert_cases(mixture, device)
     rows = [row_of(case, device, with_kernel) for case in cases]
-    settings = {key: str(value) for key, value in asdict(shape).items()}
-    print(json.dumps({"device": device, "name": name, "shape": settings, "rows": rows}))
+    settings = {
+        what: {key: str(value) for key, value in asdict(sizes).items()}
+        for what, sizes in (("shape", shape), ("mixture", mixture))
+    }
+    print(json.dumps({"device": device, "name": name, **settings, "rows": rows}))
 
 
 if __name__ == "__main__":
