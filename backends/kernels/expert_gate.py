@@ -99,9 +99,8 @@ def expert_gate_kernel(  # noqa: PLR0913, PLR0917
     logits = tl.where(inside_expert[None, :], logits, float("-inf"))
     powers = tl.exp(logits - tl.max(logits, 1)[:, None])
     probabilities = powers / tl.sum(powers, 1)[:, None]
-    # What was taken stands below NaN and above padding, so every choice is an expert, and another.
+    # A token of NaN takes the first experts. Padding, the last ids at 0, loses every tie.
     ranks = tl.where(probabilities >= 0.0, probabilities, -1.0)
-    ranks = tl.where(inside_expert[None, :], ranks, -3.0)
     choices = tl.full([TOKEN_TILE, EXPERT_TILE], TOP_K, tl.int32)
     for choice in range(TOP_K):
         is_best = ranks == tl.max(ranks, 1)[:, None]
@@ -196,12 +195,12 @@ def expert_gate(
     _check_gate(hidden, gate_weight, top_k)
     if not runs_triton(hidden):
         return expert_gate_reference(hidden, gate_weight, top_k, renormalise)
-    tokens, experts, options = hidden.shape[0], gate_weight.shape[0], {"device": hidden.device}
+    tokens, experts, device = hidden.shape[0], gate_weight.shape[0], hidden.device
     routed = Routed(
-        expert_ids=torch.empty((tokens, top_k), dtype=torch.int32, **options),
-        weights=torch.empty((tokens, top_k), dtype=torch.float32, **options),
-        counts=torch.empty(experts, dtype=torch.int32, **options),
-        slots=torch.empty((tokens, top_k), dtype=torch.int32, **options),
+        expert_ids=torch.empty((tokens, top_k), dtype=torch.int32, device=device),
+        weights=torch.empty((tokens, top_k), dtype=torch.float32, device=device),
+        counts=torch.empty(experts, dtype=torch.int32, device=device),
+        slots=torch.empty((tokens, top_k), dtype=torch.int32, device=device),
     )
     if tokens:
         _launch(hidden, gate_weight, routed, renormalise)

@@ -61,6 +61,15 @@ def test_gate_of_any_shape(device, data, tokens, experts):
     check_gate(device, tokens, experts, top_k, hidden)
 
 
+def test_experts_without_any_probability_are_still_chosen_by_their_ids(device):
+    gate_weight = torch.zeros(5, 8, device=device)
+    gate_weight[2] = 25.0
+    routed = expert_gate(torch.ones(3, 8, device=device), gate_weight, 5)
+    assert routed.expert_ids.tolist() == [[2, 0, 1, 3, 4]] * 3
+    assert routed.weights.tolist() == [[1.0, 0.0, 0.0, 0.0, 0.0]] * 3
+    assert routed.counts.tolist() == [3] * 5
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # of numpy, which interprets
 def test_a_token_of_nan_goes_somewhere_and_harms_no_other(device):
     rows, gate_weight = gate_case(20, 6, 24, device=device)
