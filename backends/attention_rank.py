@@ -26,6 +26,7 @@ from backends.operators import Operators
 from backends.pipeline_layout import Layout
 from backends.transformer import Transformer, synchronise
 from sim.dispatch_log import Dispatched, first_turn, noted
+from sim.engine import ReplicaLimits
 from sim.state.expert_dispatch import Dispatch, dispatch
 from sim.workload.token_routing.base import Tokens
 
@@ -90,6 +91,12 @@ class AttentionRank:
         """(layer, tokens, expert ids) of all that was routed, where the log is kept."""
         self.spans: list[Span] = []
         self.keeps_spans = False
+
+    def warm_up(self, limits: ReplicaLimits) -> None:
+        """Multiply by every shape of weight for all small batches, and some larger ones."""
+        most = min(limits.max_num_batched_tokens, self.model.max_context)
+        sizes = [*range(1, min(most, 128) + 1), *range(160, most + 1, 32)]
+        self.model.warm_up(sizes, range(1, limits.max_num_seqs + 1))
 
     @torch.inference_mode()
     def forward(

@@ -146,9 +146,7 @@ class ExpertPipeline:
             # The latest of all clocks: those of one machine are one clock.
             latest = torch.tensor([clock_s], dtype=torch.float64)
             return float(self._control.all_gather(latest, CONTROL).max())
-        return float(
-            self._control.broadcast(torch.tensor([clock_s], dtype=torch.float64), CONTROL)
-        )
+        return float(self._control.broadcast(torch.tensor([clock_s], dtype=torch.float64), CONTROL))
 
     def _any(self, mine: bool) -> bool:
         """Whether any attention rank has a batch."""

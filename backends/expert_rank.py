@@ -12,11 +12,16 @@ from backends.emulated_link import EmulatedLink
 from backends.experts import Experts
 from backends.m2n import Channel, Delivery
 from backends.pipeline_layout import Layout
+from backends.placing import Placer
 from backends.transformer import synchronise
 from backends.weights import Model
 
 Span = tuple[str, str, float, float, int]
 """(resource, operation, start, end, micro-batch) on the clock that all ranks of a machine share."""
+
+
+WARM_ROWS = 64
+"""Rows of an expert up to which every number is computed once before the start."""
 
 
 class ExpertRank:
@@ -44,8 +49,18 @@ class ExpertRank:
         sources = range(layout.num_attention)
         self._inward = [Channel(world, one, messages, depth, device) for one in sources]
         self._outward = [Channel(world, one, messages, depth, device, link) for one in sources]
+        self._hidden = model.config.hidden_size
         self.spans: list[Span] = []
         self.keeps_spans = False
+
+    def warm_up(self) -> None:
+        """Compute once with as many rows as a small batch may bring."""
+        width = self._hidden
+        for experts in self.layers:
+            for each in range(1, WARM_ROWS + 1):
+                counts = torch.full((len(experts.expert_ids),), each, dtype=torch.int32)
+                rows = torch.zeros(each * len(counts), width, device=self._device)
+                experts(rows, counts.to(self._device))
 
     def serve(self) -> None:
         """Serve iteration after iteration until all attention ranks stop."""
@@ -89,8 +104,6 @@ class ExpertRank:
 
 def experts_of_node(model: Model, layout: Layout, node: int, device: torch.device) -> list[Experts]:
     """The experts of an expert node, layer by layer."""
-    from backends.placing import Placer
-
     place = Placer(model.weights, device, torch.float32)
     return [
         place.experts(layer, layout.experts_of(node, layer))

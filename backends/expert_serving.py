@@ -22,6 +22,7 @@ from backends.expert_rank import ExpertRank, Span
 from backends.kv_cache import Corruption
 from backends.pipeline_layout import Layout
 from backends.ranks import require_ranks, run_ranks
+from backends.replica import Prompts
 from backends.sampling import Sampler
 from backends.serving import RANDOM, fresh_replica, require_model, without_collections
 from backends.transformer import Transformer
@@ -30,15 +31,18 @@ from sim.dispatch_log import Dispatched
 from sim.engine import ReplicaLimits
 from sim.models.architecture import Architecture
 from sim.policies.batching.base import Batching
-from sim.policies.expert_balance.base import BalanceView, Placement, checked_placement
+from sim.policies.expert_balance.base import (
+    BalanceView,
+    ExpertBalance,
+    Placement,
+    checked_placement,
+)
 from sim.policies.expert_balance.static import Static
-from sim.policies.expert_balance.base import ExpertBalance
 from sim.policies.micro_batching.base import MicroBatching
 from sim.policies.micro_batching.ping_pong import PingPong
 from sim.policies.registry import load_file, user_files
 from sim.policies.routing.base import Routing
 from sim.policies.routing.round_robin import RoundRobin
-from sim.requests import Request
 from sim.trace import Trace
 from sim.trace_merge import merge
 from sim.workload.base import Workload
@@ -174,10 +178,10 @@ def architecture_of(run: ExpertRun) -> Architecture:
     else:
         architecture = load_model(run.weights).config
     if architecture.num_dense_layers or architecture.shared_expert_intermediate_size:
+        shared = architecture.shared_expert_intermediate_size
         raise ValueError(
             f"model {architecture.name} has {architecture.num_dense_layers} layers without experts "
-            f"and shared_expert_intermediate_size="
-            f"{architecture.shared_expert_intermediate_size}; attention and expert ranks run models "
+            f"and shared_expert_intermediate_size={shared}; attention and expert ranks run models "
             "with routed experts in every layer, such as mixtral"
         )
     return architecture
@@ -202,9 +206,7 @@ def layout_of(run: ExpertRun, architecture: Architecture) -> Layout:
     loads = np.ones((architecture.num_layers, experts))
     if run.loads is not None:
         loads = np.array(run.loads, np.float64)
-    placement: Placement = checked_placement(
-        run.expert_balance, BalanceView(loads, ranks, slots)
-    )
+    placement: Placement = checked_placement(run.expert_balance, BalanceView(loads, ranks, slots))
     # A micro-batch may hold the whole batch, where it is a single prompt.
     most = max(run.limits.max_num_batched_tokens, run.limits.max_num_seqs)
     return Layout(
@@ -229,5 +231,76 @@ def _rank(rank: int, size: int, files: list[Path], pickled: bytes) -> _Returned:
     world = Collectives(range(size), tally, device)
     control = Collectives(range(run.num_attention), Tally(rank))
     if rank >= run.num_attention:
-        return _serve_experts(run, model, layout, ExpertRank(model, layout, rank, world, device, run.link), world)
-    return _serve_attention(run, model, layout, rank, world, control, device)
+        experts = ExpertRank(model, layout, rank, world, device, run.link)
+        return _serve_experts(run, experts, world)
+    return _serve_attention(run, model, layout, (rank, device), world, control)
+
+
+def _serve_experts(run: ExpertRun, experts: ExpertRank, world: Collectives) -> _Returned:
+    experts.warm_up()
+    start = _start(world)
+    experts.keeps_spans = run.keeps_spans
+    with without_collections():
+        experts.serve()
+    sent = world.tally.sent()
+    return _Returned(None, (0, 0, 0), sent, [], [], _since(experts.spans, start), None)
+
+
+def _serve_attention(
+    run: ExpertRun, model: Model, layout: Layout, where: tuple[int, torch.device],
+    world: Collectives, control: Collectives,
+) -> _Returned:  # fmt: skip
+    rank, device = where
+    config = model.config
+    transformer = Transformer(config, model.weights, device, with_experts=False)
+    attention = AttentionRank(transformer, layout, rank, world, run.link)
+    sampler = run.sampler or Sampler()
+    replica = fresh_replica(
+        transformer, run.batching, run.limits, seed=run.seed, prompts=_prompts(run),
+        sampler=sampler, corruption=run.corruption if rank == 0 else None, number=rank,
+    )  # fmt: skip
+    pool_tokens = run.limits.num_blocks * run.limits.block_size
+    router = NodeRouter(run.routing, run.num_attention, pool_tokens)
+    pipeline = ExpertPipeline(
+        attention, replica, router, run.micro_batching, layout.num_micro_batches, control
+    )
+    source = Source(run.workload, run.seed, transformer.max_context)
+    attention.warm_up(run.limits)
+    start = _start(world)
+    attention.keeps_log, attention.keeps_spans = run.keeps_log, run.keeps_spans
+    with without_collections():
+        served = pipeline.serve(source, start)
+    cache = replica.cache
+    cache.flush()
+    kv_bytes = (cache.written_bytes, cache.read_bytes, cache.freed_bytes)
+    return _Returned(
+        served, kv_bytes, world.tally.sent(), attention.log, attention.routed,
+        _since(attention.spans, start), sampler,
+    )  # fmt: skip
+
+
+def _start(world: Collectives) -> float:
+    """When all ranks are warm, t = 0 on the first one's clock; nothing is counted as sent yet."""
+    world.all_reduce(torch.zeros(1), "start")
+    clock = world.broadcast(torch.tensor([time.perf_counter()], dtype=torch.float64), "start")
+    world.tally.clear()
+    return float(clock)
+
+
+def _since(spans: Sequence[Span], start: float) -> list[Span]:
+    return [
+        (resource, operation, begin - start, end - start, at)
+        for resource, operation, begin, end, at in spans
+    ]
+
+
+def _prompts(run: ExpertRun) -> Prompts | None:
+    if run.prompts is None:
+        return None
+    given = run.prompts
+    return lambda request: given[request.request_id]
+
+
+def _added(rows: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
+    written, read, freed = (sum(column) for column in zip(*rows, strict=True))
+    return written, read, freed

@@ -16,7 +16,7 @@ class Layout:
     """The ranks of a run, and what each message between them may hold."""
 
     num_attention: int
-    num_experts_ranks: int
+    num_expert_ranks: int
     num_micro_batches: int
     placement: Placement
     """Of the physical experts on the expert ranks."""
@@ -26,7 +26,7 @@ class Layout:
     @property
     def size(self) -> int:
         """All ranks."""
-        return self.num_attention + self.num_experts_ranks
+        return self.num_attention + self.num_expert_ranks
 
     @property
     def expert_ranks(self) -> range:
