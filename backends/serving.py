@@ -1,7 +1,7 @@
 """Serve a workload for real in one call: what validation and benchmarks run."""
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -87,6 +87,7 @@ def serve(  # noqa: PLR0913  the parts of an engine
     prompts: Prompts | None = None,
     sampler: Sampler | None = None,
     corruption: Corruption | None = None,
+    warmed: Callable[[], object] | None = None,
 ) -> Served:
     """Warm up, then serve a source at its arrival times; t = 0 is after the warm-up.
 
@@ -99,10 +100,13 @@ def serve(  # noqa: PLR0913  the parts of an engine
         prompts: token ids of each prompt; None draws them from the seed.
         sampler: None is greedy.
         corruption: a fault to put into the KV cache.
+        warmed: called between the warm-up and t = 0.
     """
     replica = make_replica(
         model, batching, limits, seed=seed, prompts=prompts, sampler=sampler, corruption=corruption
     )
+    if warmed is not None:
+        warmed()
     with without_collections():
         trace = replica.serve(source)
     cache = replica.cache

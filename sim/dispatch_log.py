@@ -33,7 +33,8 @@ class Dispatched(NamedTuple):
 
 
 def tokens_of(rows: "list[BatchRow]") -> Tokens:
-    """The tokens of a micro-batch, in order."""
+    """The tokens of a micro-batch, in the order of a forward pass: single ones first."""
+    rows = sorted(rows, key=lambda row: row.tokens > 1)
     request_ids = np.repeat([row.request_id for row in rows], [row.tokens for row in rows])
     positions = [np.arange(row.start, row.context_tokens) for row in rows]
     return Tokens(

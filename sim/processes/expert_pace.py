@@ -16,7 +16,7 @@ from sim.expert_rows import NodeBatch, as_decodes, shape_of
 from sim.models.work import IterationShape
 from sim.policies.expert_balance.base import Placement
 from sim.policies.parallel_plan.base import Deployment
-from sim.processes.pace import AtOnce
+from sim.processes.pace import AtOnce, Replayed
 from sim.processes.stations import StageTimes, iteration_s
 
 STEPS_AN_OCTAVE = 4
@@ -34,6 +34,15 @@ class ExpertLoads(NamedTuple):
     drawn: bool
     """Whether rows are drawn from the shares, or are the shares."""
     seed: int = 0
+
+
+class ReplayedPipeline(Replayed):
+    """A `PipelinePace` that decides and ends when the nodes of another run did: replay."""
+
+    def all_nodes_s(self, now_s: float, batches: Sequence[NodeBatch]) -> float:
+        """The logged end of the iteration that was decided now."""
+        del batches
+        return self._after(now_s)
 
 
 class ExpertPace(AtOnce):

@@ -5,7 +5,7 @@ batch and splits it into micro-batches; all nodes begin an iteration together, a
 compute a micro-batch before it has the tokens of all of them.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from simpy.events import Event
@@ -58,16 +58,28 @@ class PipelineRules(NamedTuple):
     """Which attention node serves a request."""
 
 
+class Split(NamedTuple):
+    """How every node splits its batch."""
+
+    rule: MicroBatching
+    parts: int
+    """Micro-batches."""
+
+
+Watch = Callable[[float, Sequence[NodeBatch]], None]
+"""Called with the instant and the batches of all nodes at the start of each iteration."""
+
+
 class ExpertPipeline:
     """The attention nodes of one deployment; its experts are in how long iterations last."""
 
     def __init__(
         self, environment: ExactEnvironment, nodes: Sequence[Replica], router: Router,
-        rule: MicroBatching, count: int, pace: PipelinePace,
+        split: Split, pace: PipelinePace, watch: Watch | None = None,
     ) -> None:  # fmt: skip
         self.environment = environment
         self._nodes, self._router = nodes, router
-        self._rule, self._count, self._pace = rule, count, pace
+        self._split, self._pace, self._watch = split, pace, watch
         self._arrived: list[Request] = []
         self._idle: Event | None = None
         environment.process(self.serve())
@@ -94,6 +106,8 @@ class ExpertPipeline:
             if not any(batch.rows for batch in batches):
                 yield self._sleep()
                 continue
+            if self._watch is not None:
+                self._watch(environment.now, batches)
             yield environment.boundary(pace.all_nodes_s(environment.now, batches))
             for node, batch in zip(self._nodes, batches, strict=True):
                 if batch.rows:
@@ -103,7 +117,7 @@ class ExpertPipeline:
         """A node's batch in parts; without rows where it has nothing to do."""
         batch = node.begin()
         rows = [] if batch is None else batch_of(batch, node.state)
-        parts = checked_split(self._rule, rows, self._count)
+        parts = checked_split(self._split.rule, rows, self._split.parts)
         return NodeBatch(rows, parts)
 
     def _sleep(self) -> Event:
@@ -116,7 +130,7 @@ class ExpertPipeline:
 
 def simulate_expert_pipeline(
     source: Source, rules: PipelineRules, limits: ReplicaLimits, sizes: tuple[int, int],
-    pace: PipelinePace,
+    pace: PipelinePace, watch: Watch | None = None,
 ) -> Trace:  # fmt: skip
     """Serve all requests of a source on one deployment.
 
@@ -126,6 +140,7 @@ def simulate_expert_pipeline(
         limits: of every attention node.
         sizes: attention nodes, and micro-batches of an iteration.
         pace: how long iterations last.
+        watch: told of every iteration as it begins.
 
     Raises:
         ValueError: a policy breaks its rules, or leaves requests unserved.
@@ -147,7 +162,9 @@ def simulate_expert_pipeline(
 
     nodes = [node(number) for number in range(sizes[0])]
     router = Router(rules.routing, nodes, recorder, reports)
-    pipeline = ExpertPipeline(environment, nodes, router, rules.micro_batching, sizes[1], pace)
+    pipeline = ExpertPipeline(
+        environment, nodes, router, Split(rules.micro_batching, sizes[1]), pace, watch
+    )
     feed.start(pipeline.submit)
     environment.run()
     unserved = sum(one.state.num_unfinished for one in nodes)

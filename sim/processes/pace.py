@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from itertools import accumulate
 from struct import pack
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -145,7 +145,7 @@ class Replayed:
         self.start_s = self._instants[0] if self._instants else None
 
     @classmethod
-    def of(cls, trace: Trace) -> "Replayed":
+    def of(cls, trace: Trace) -> Self:
         """The instants of a trace of one replica, all of whose decisions were asked for."""
         fetched_s = trace.hand_overs["fetched_s"]
         # A client that leaves may be noted where nothing is left to compute, and so no batch is.
