@@ -137,7 +137,7 @@ class AttentionRank:
                     self._no_rows(), [0] * self._layout.placement.slots_per_node, "dispatch"
                 )
             return
-        self._return(flight)
+        self._return(at, flight)
         begin_s = time.perf_counter()
         part = self.model.layers[layer]
         mixture = part.mlp
@@ -172,25 +172,29 @@ class AttentionRank:
             if len(part):
                 channel.post()
 
-    def _return(self, flight: InFlight) -> None:
+    def _return(self, at: int, flight: InFlight) -> None:
         """Wait for what the experts made of a micro-batch, and add it up for each token."""
-        away = flight.away
+        away, model = flight.away, self.model
         if away is None:
             return
-        rows = torch.empty(
-            (len(away.order), self.model.config.hidden_size), dtype=self.model.dtype,
-            device=self.model.device,
-        )  # fmt: skip
-        parts = rows.split(away.sent.node_rows.tolist())
-        for channel, part in zip(self._inward, parts, strict=True):
-            if len(part):
-                part.copy_(channel.receive().rows)
+        sizes = away.sent.node_rows.tolist()
+        came = [
+            channel.receive().rows if size else None
+            for channel, size in zip(self._inward, sizes, strict=True)
+        ]
+        begin_s = time.perf_counter()
+        shape = (len(away.order), model.config.hidden_size)
+        rows = torch.empty(shape, dtype=model.dtype, device=model.device)
+        for part, one in zip(rows.split(sizes), came, strict=True):
+            if one is not None:
+                part.copy_(one)
         flight.x = expert_combine(rows, away.positions, away.weights)
+        self._span("combine", begin_s, at)
 
     def _end(self, at: int, flight: InFlight | None) -> Tensor | None:
         if flight is None:
             return None
-        self._return(flight)
+        self._return(at, flight)
         begin_s = time.perf_counter()
         logits = self.model.logits(flight.x, flight.residual, flight.batch, flight.operators)
         self._span("lm_head", begin_s, at)

@@ -98,6 +98,7 @@ class Collectives:
         self.ranks = tuple(ranks)
         self.size = len(ranks)
         self.tally = tally
+        self.device = torch.device(device)
         everyone = self.ranks == tuple(range(world))
         self._group: Any = dist.group.WORLD if everyone else dist.new_group(list(ranks))
         self._is_member = dist.get_rank() in self.ranks

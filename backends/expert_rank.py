@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from backends.pipeline_layout import Layout
 from backends.placing import Placer
 from backends.transformer import synchronise
 from backends.weights import Model
+from sim.models.architecture import Architecture
 
 Span = tuple[str, str, float, float, int]
 """(resource, operation, start, end, micro-batch) on the clock that all ranks of a machine share."""
@@ -28,28 +30,27 @@ class ExpertRank:
     """The experts of one node in every layer."""
 
     def __init__(
-        self, model: Model, layout: Layout, rank: int, world: Collectives,
-        device: torch.device | str = "cpu", link: EmulatedLink | None = None,
+        self, config: Architecture, layers: Sequence[Experts], layout: Layout, rank: int,
+        world: Collectives, link: EmulatedLink | None = None,
     ) -> None:  # fmt: skip
-        """Lay out this rank's experts, and no other weights.
+        """Meet the attention ranks.
 
         Args:
-            model: the whole of it.
+            config: of the whole model.
+            layers: this rank's experts, as `experts_of_node` lays them out.
             layout: of the run.
             rank: this one's number in the run.
             world: all ranks.
-            device: of this rank.
             link: delays what is sent.
         """
-        self._layout, self._device = layout, torch.device(device)
-        self.node = rank - layout.num_attention
-        self.layers = experts_of_node(model, layout, self.node, self._device)
-        messages = layout.messages(model.config, torch.float32)
+        self.layers, self._layout, self._device = layers, layout, world.device
+        self.node, device = rank - layout.num_attention, world.device
+        messages = layout.messages(config, torch.float32)
         depth = layout.num_micro_batches
         sources = range(layout.num_attention)
         self._inward = [Channel(world, one, messages, depth, device) for one in sources]
         self._outward = [Channel(world, one, messages, depth, device, link) for one in sources]
-        self._hidden = model.config.hidden_size
+        self._hidden = config.hidden_size
         self.spans: list[Span] = []
         self.keeps_spans = False
 
@@ -70,6 +71,8 @@ class ExpertRank:
         with torch.inference_mode():
             while self._iterate():
                 pass
+        for channel in self._inward:
+            channel.drain()
         for channel in self._outward:
             channel.flush()
 
@@ -103,7 +106,7 @@ class ExpertRank:
 
 
 def experts_of_node(model: Model, layout: Layout, node: int, device: torch.device) -> list[Experts]:
-    """The experts of an expert node, layer by layer."""
+    """The experts of an expert node, layer by layer, and no other weights."""
     place = Placer(model.weights, device, torch.float32)
     return [
         place.experts(layer, layout.experts_of(node, layer))

@@ -18,7 +18,7 @@ from backends.checkpoints import runnable_architecture
 from backends.collectives import Collectives, Sent, Tally
 from backends.emulated_link import EmulatedLink
 from backends.expert_pipeline import ExpertPipeline, NodeRouter, NodeServed
-from backends.expert_rank import ExpertRank, Span
+from backends.expert_rank import ExpertRank, Span, experts_of_node
 from backends.kv_cache import Corruption
 from backends.pipeline_layout import Layout
 from backends.ranks import require_ranks, run_ranks
@@ -231,7 +231,9 @@ def _rank(rank: int, size: int, files: list[Path], pickled: bytes) -> _Returned:
     world = Collectives(range(size), tally, device)
     control = Collectives(range(run.num_attention), Tally(rank))
     if rank >= run.num_attention:
-        experts = ExpertRank(model, layout, rank, world, device, run.link)
+        node = rank - run.num_attention
+        layers = experts_of_node(model, layout, node, device)
+        experts = ExpertRank(model.config, layers, layout, rank, world, run.link)
         return _serve_experts(run, experts, world)
     return _serve_attention(run, model, layout, (rank, device), world, control)
 

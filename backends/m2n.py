@@ -110,9 +110,10 @@ class Channel:
         self._put(rows, len(rows), due_s, counts)
 
     def stop(self) -> None:
-        """Say that nothing more will come."""
+        """Say that nothing more will come, as often as the other rank has buffers posted for it."""
         empty = torch.empty((0, self._layout.hidden), dtype=self._layout.dtype)
-        self._put(empty, STOP, 0.0, [0] * self._layout.num_counts)
+        for _ in self._buffers:
+            self._put(empty, STOP, 0.0, [0] * self._layout.num_counts)
 
     def post(self) -> None:
         """Make a buffer ready for the next message that comes."""
@@ -137,6 +138,11 @@ class Channel:
                 dist.recv(rows, src=self._peer)
         EmulatedLink.deliver(rows, due_s)
         return Delivery(rows, counts, num_rows == STOP)
+
+    def drain(self) -> None:
+        """Wait for whatever buffers are posted for, so that none is left for a later message."""
+        while self._posted:
+            self.receive()
 
     def flush(self) -> None:
         """Wait until all that was sent has been received."""

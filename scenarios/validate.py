@@ -4,7 +4,7 @@ Exit code 0 unless a line missed (1) or the command was refused (2).
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from scenarios.study import Study
 from scenarios.tables import console, grid
 from scenarios.validation.options import Fault, Options, split, with_short_chunks
 from scenarios.validation.verdict import Line, Verdict
+from sim.expert_setup import places_experts
 from sim.files import claim_folder, whole_folder, write_json
 from sim.knowledge_setup import retrieves, rules_of
 from sim.policies.batching.base import Batching
@@ -24,6 +25,7 @@ from sim.setup import lanes_of_replica
 
 if TYPE_CHECKING:
     from scenarios.validation.ask import Plan
+    from scenarios.validation.experts_time import PipelineRuns
     from scenarios.validation.timing import Runs
 
 ANSWERS = "validation.json"
@@ -68,10 +70,9 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
     Raises:
         ValueError: an unknown key or name, or an output folder that holds something else.
     """
-    from scenarios.validation import knowledge_time, timing
-    from scenarios.validation.ask import KnowledgePlan, Plan
+    from scenarios.validation.ask import ExpertRules, KnowledgePlan, Plan
 
-    families = ("batching", "routing", "cache_eviction")
+    families = ("batching", "routing", "cache_eviction", "micro_batching", "expert_balance")
     names = {family: _rule_names(family, study, overrides, config_dir) for family in families}
     chosen = tuple(f"policy/{family}=" for family in families)
     rest = [text for text in overrides if not text.startswith(chosen)]
@@ -85,7 +86,7 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
     }
     last = list(studies_of.values())[-1]
     accept, prefix_caching = dict(last.accept), last.engine.prefix_caching
-    judged = knowledge_time.ACCEPT_KEYS if retrieves(last) else timing.ACCEPT_KEYS
+    judged = _accept_keys(last)
     unknown = sorted(set(accept) - set(judged))
     if unknown:
         raise ValueError(
@@ -113,10 +114,33 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
             for name in names["cache_eviction"]
         }
         knowledge = KnowledgePlan(rules_of(last), evictions)
+    experts = None
+    if places_experts(last):
+        micro_batchings = {
+            name: composed("micro_batching", name).policy.micro_batching
+            for name in names["micro_batching"]
+        }
+        balances = {
+            name: composed("expert_balance", name).policy.expert_balance
+            for name in names["expert_balance"]
+        }
+        routings = routings or {
+            name: composed("routing", name).policy.routing for name in names["routing"]
+        }
+        experts = ExpertRules(micro_batchings, balances)
     return Plan(
         study, options, policies, accept, out, prefix_caching, last.num_replicas, routings, *sizes,
-        last.policy.instance_plan, tuple(last.faults), lanes, knowledge,
+        last.policy.instance_plan, tuple(last.faults), lanes, knowledge, experts,
     )  # fmt: skip
+
+
+def _accept_keys(study: Study) -> tuple[str, ...]:
+    """What a study may name under `accept`."""
+    from scenarios.validation import experts_time, knowledge_time, timing
+
+    if retrieves(study):
+        return knowledge_time.ACCEPT_KEYS
+    return experts_time.ACCEPT_KEYS if places_experts(study) else timing.ACCEPT_KEYS
 
 
 def _require_fault(study: str, options: Options, last: Study) -> None:
@@ -199,7 +223,7 @@ def _errors(line: Line) -> Iterator[str]:
     yield "" if line.accepted is None else style.format(line.accepted)
 
 
-def _write(plan: "Plan", lines: Sequence[Line], runs: "dict[str, Runs]") -> None:
+def _write(plan: "Plan", lines: Sequence[Line], runs: "Mapping[str, Runs | PipelineRuns]") -> None:
     """Write the answers and, of the last policy that was timed, the picture."""
     content = {
         "study": plan.study,
@@ -210,11 +234,19 @@ def _write(plan: "Plan", lines: Sequence[Line], runs: "dict[str, Runs]") -> None
     with whole_folder(plan.out) as building:
         write_json(building / ANSWERS, plain(content))
         if runs:
-            from scenarios.plots import two_panels
+            _draw(list(runs.values())[-1], building, of_knowledge=plan.knowledge is not None)
 
-            last = list(runs.values())[-1]
-            two_panels(last.simulated[0], last.measured[0], building / PICTURE)
-            if plan.knowledge is not None:
-                from scenarios.knowledge_plot import three_requests
 
-                three_requests(last.simulated[0], last.measured[0], building / REQUESTS)
+def _draw(last: "Runs | PipelineRuns", folder: Path, *, of_knowledge: bool) -> None:
+    """The pictures of what was timed."""
+    from scenarios.knowledge_plot import three_requests
+    from scenarios.pipeline_plot import two_pipelines
+    from scenarios.plots import two_panels
+    from scenarios.validation.experts_time import PipelineRuns
+
+    if isinstance(last, PipelineRuns):
+        two_pipelines(last.simulated, last.measured, last.title, folder / PICTURE)
+        return
+    two_panels(last.simulated[0], last.measured[0], folder / PICTURE)
+    if of_knowledge:
+        three_requests(last.simulated[0], last.measured[0], folder / REQUESTS)

@@ -14,9 +14,10 @@ from backends.serving import open_model, require_model, use_one_thread
 from backends.transformer import Transformer
 from backends.weights import random_model
 from scenarios.tables import console
-from scenarios.validation import handed_over, knowledge, several_ranks, timing
+from scenarios.validation import expert_ranks, handed_over, knowledge, several_ranks, timing
 from scenarios.validation.calibrated import CalibratedCosts
 from scenarios.validation.decisions import exact_lines
+from scenarios.validation.experts_time import PipelineRuns
 from scenarios.validation.failing import failing_lines
 from scenarios.validation.lanes_time import LanePanels
 from scenarios.validation.numbers import compare, number_lines
@@ -29,8 +30,10 @@ from sim.faults import Fault as PartFault
 from sim.knowledge_rules import Rules
 from sim.policies.batching.base import Batching
 from sim.policies.cache_eviction.base import CacheEviction
+from sim.policies.expert_balance.base import ExpertBalance
 from sim.policies.instance_plan.base import InstancePlan, phases
 from sim.policies.instance_plan.colocated import Colocated
+from sim.policies.micro_batching.base import MicroBatching
 from sim.policies.routing.base import Routing
 from sim.processes.pace import Jitter
 from sim.trace import Trace
@@ -43,6 +46,13 @@ class KnowledgePlan(NamedTuple):
     rules: Rules
     evictions: Mapping[str, CacheEviction]
     """Every rule that is asked, by name."""
+
+
+class ExpertRules(NamedTuple):
+    """What of a study its attention and expert ranks decide; every rule that is asked, by name."""
+
+    micro_batchings: Mapping[str, MicroBatching]
+    balances: Mapping[str, ExpertBalance]
 
 
 class Plan(NamedTuple):
@@ -69,6 +79,8 @@ class Plan(NamedTuple):
     """Of a replica of several stages."""
     knowledge: KnowledgePlan | None = None
     """Of a study that retrieves documents: what is asked is its knowledge cache."""
+    experts: ExpertRules | None = None
+    """Of a study whose plan places experts: what is asked is attention and expert ranks."""
 
     @property
     def routing(self) -> Routing:
@@ -76,12 +88,15 @@ class Plan(NamedTuple):
         return next(iter(self.routings.values()))
 
 
-def answer(plan: Plan) -> tuple[list[Line], dict[str, Runs]]:
+def answer(plan: Plan) -> tuple[list[Line], Mapping[str, Runs | PipelineRuns]]:
     """Every line of the table, and the timed runs by policy (none if time was not asked about)."""
     use_one_thread()
     asked = set(plan.options.only)
     if plan.knowledge is not None:
         lines, runs = knowledge.answer(plan)
+        return _in_order(lines, asked), runs
+    if plan.experts is not None:
+        lines, runs = expert_ranks.answer(plan, plan.experts)
         return _in_order(lines, asked), runs
     if plan.tp_size * plan.pp_size > 1:
         lines, runs = several_ranks.answer(plan)

@@ -100,12 +100,13 @@ def judge_answers(
 
 
 def number_lines(
-    name: str, found: Comparison, num_prompts: int, whose: str = "transformers'", about: str = ""
-) -> list[Line]:
+    name: str, found: Comparison, num_prompts: int, whose: str = "transformers'", about: str = "",
+    accepted: float = LOGITS_ACCEPTED,
+) -> list[Line]:  # fmt: skip
     """Question 3 for one policy, against `whose` answers."""
     allowed = -(-found.num_tokens // NEAR_TIES_PER_TOKENS)
     wrong = found.wrong + max(found.near_ties - allowed, 0)
-    close = found.logit_error <= LOGITS_ACCEPTED
+    close = found.logit_error <= accepted
     return [
         Line(
             question="numbers", metric=f"{name}: tokens unlike {whose}",
@@ -117,6 +118,6 @@ def number_lines(
         Line(
             question="numbers", metric=f"{name}: largest logit difference",
             simulated="", measured=f"{found.logit_error:.1e}", error=found.logit_error,
-            accepted=LOGITS_ACCEPTED, verdict=Verdict.passed if close else Verdict.missed,
+            accepted=accepted, verdict=Verdict.passed if close else Verdict.missed,
         ),
     ]  # fmt: skip
