@@ -7,6 +7,7 @@ HELPERS = {
     "alone",
     "stations",
     "exact_time",
+    "expert_pace",
     "feed",
     "pace",
     "slowed",
