@@ -62,9 +62,12 @@ class DeploymentCosts:
         )
         a = self.architecture
         rows = node_tokens * attention.num_nodes * a.experts_per_token / a.num_experts
+        part = expert_part(deployment, a.num_experts)
+        each = a.num_experts // part.num_nodes
         if experts is None:
-            return StageSeconds(attention_s, *self._colocated_s(attention, node_tokens, rows))
-        each = a.num_experts // experts.num_nodes
+            payload = node_tokens * a.experts_per_token * self.token_bytes / attention.tp_size
+            expert_s = self._expert_s(part[:2], False, rows, each)
+            return StageSeconds(attention_s, expert_s, self._all_to_all_s(attention, payload))
         sent = rows * each / attention.num_nodes * self.token_bytes
         matrix = np.full((attention.num_nodes, experts.num_nodes), sent)
         expert_s = self._expert_s(experts[:2], True, rows, each)
@@ -93,11 +96,10 @@ class DeploymentCosts:
             tokens: of the micro-batch on all of them.
         """
         attention, experts, _ = deployment
-        num_nodes = attention.num_gpus if experts is None else experts.num_nodes
-        by_node = rows.reshape(len(rows), -1, rows.shape[1] // num_nodes)
+        part = expert_part(deployment, self.architecture.num_experts)
+        by_node = rows.reshape(len(rows), part.num_nodes, -1)
         node_rows, hit = by_node.sum(axis=2), (by_node > 0).sum(axis=2)
-        gpus = (attention.gpu, 1) if experts is None else experts[:2]
-        apart = experts is not None
+        gpus, apart = part[:2], experts is not None
         expert_s = np.array(
             [max(self._hit_s(gpus, apart, *one) for one in zip(*layer, strict=True))
              for layer in zip(node_rows.tolist(), hit.tolist(), strict=True)]
@@ -105,9 +107,9 @@ class DeploymentCosts:
         received = node_rows.max(axis=1) * self.token_bytes
         if experts is None:
             sent = tokens * self.architecture.experts_per_token * self.token_bytes
-            even = sent / num_nodes
+            even = sent / attention.num_gpus
             return expert_s, np.array(
-                [self._all_to_all_s(attention, max(even, one)) for one in received]
+                [self._all_to_all_s(attention, max(even, one / part.tp_size)) for one in received]
             )
         senders, receivers = self.ports(deployment)
         sent = most_tokens * self.architecture.experts_per_token * self.token_bytes
@@ -119,16 +121,6 @@ class DeploymentCosts:
         """Of an attention node and of an expert node."""
         assert deployment.experts is not None
         return self.port(deployment.attention[:2]), self.port(deployment.experts[:2])
-
-    def _colocated_s(self, part: Part, node_tokens: int, rows: float) -> tuple[float, float]:
-        """Seconds of a GPU's experts, and of one all-to-all among all GPUs."""
-        a, gpus = self.architecture, part.num_gpus
-        if gpus <= a.num_experts:
-            expert_s = self._expert_s((part.gpu, 1), False, rows, a.num_experts // gpus)
-        else:  # some GPUs share an expert
-            expert_s = self._expert_s((part.gpu, gpus // a.num_experts), False, rows, 1)
-        payload = node_tokens * a.experts_per_token * self.token_bytes / part.tp_size
-        return expert_s, self._all_to_all_s(part, payload)
 
     def _all_to_all_s(self, part: Part, payload_bytes: float) -> float:
         """Seconds of an all-to-all in which the fullest GPU sends, or gets, so many bytes."""
@@ -165,6 +157,19 @@ class DeploymentCosts:
         return LinkCollectives(
             Cluster(name=name, node=node, num_nodes=num_nodes, source="as the plan asks")
         )
+
+
+def expert_part(deployment: Deployment, num_experts: int) -> Part:
+    """The nodes that hold experts: those of a deployment, or else groups of attention's GPUs.
+
+    Beside attention every GPU is a node of experts; where there are more GPUs than experts, so many
+    of them share each one.
+    """
+    attention, experts, _ = deployment
+    if experts is not None:
+        return experts
+    groups = min(attention.num_gpus, num_experts)
+    return Part(attention.gpu, attention.num_gpus // groups, groups)
 
 
 def decodes(tokens: int, context: float) -> IterationShape:
