@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from hardware_models.schema import Cluster, Node
 from sim.costs.alpha_beta import Hop
 from sim.costs.expert_exchange import exchange_s, node_port
-from sim.costs.expert_nodes import AttentionNode, ElementTypes, ExpertNode, Reach
+from sim.costs.expert_nodes import AttentionNode, ElementTypes, ExpertNode, Reach, one_layer
 from sim.costs.link_collectives import LinkCollectives
 from sim.models.architecture import Architecture
 from sim.models.work import IterationShape
@@ -39,6 +39,7 @@ class DeploymentCosts:
         Raises:
             ValueError: the model has layers without experts.
         """
+        one_layer(architecture)  # refuses what no node could be made of
         self.architecture, self._nodes, self.types = architecture, nodes, types
         self.ideal = ideal
         self.token_bytes = architecture.hidden_size * types.dtype_bytes

@@ -9,7 +9,7 @@ from hardware_models.parts import load_node
 from hardware_models.schema import Gpu, Node
 from sim.costs.expert_nodes import ElementTypes
 from sim.engine import Engine, ReplicaLimits
-from sim.expert_costs import DeploymentCosts
+from sim.expert_costs import DeploymentCosts, expert_part
 from sim.experts import Experts, Loads, PlanCost
 from sim.models.architecture import Architecture
 from sim.models.parameters import kv_bytes_per_token, parameter_counts
@@ -18,7 +18,14 @@ from sim.models.work import IterationShape
 from sim.node_choice import node_of
 from sim.policies.expert_balance.base import BalanceView, checked_placement
 from sim.policies.instance_plan.colocated import Colocated
-from sim.policies.parallel_plan.base import Deployment, GpuType, ModelSizes, Plan, PlanView
+from sim.policies.parallel_plan.base import (
+    Deployment,
+    GpuType,
+    ModelSizes,
+    Part,
+    Plan,
+    PlanView,
+)
 from sim.processes.expert_pace import ExpertLoads
 from sim.scenario import CostFamily, Policies, Scenario
 from sim.state.ping_pong import total_s
@@ -106,7 +113,7 @@ def prepare_experts(scenario: Scenario, architecture: Architecture, max_tokens: 
     experts = scenario.experts
     attention, holding = _nodes(scenario, experts.attention_nodes), None
     holding = _nodes(scenario, experts.expert_nodes) if experts.expert_nodes else attention
-    nodes = {node.gpu.name: node for node in (*attention, *holding) if node.gpu is not None}
+    nodes = _by_gpu([*attention, *holding])
     dtype = scenario.model.dtype
     types = ElementTypes(dtype.value, dtype.num_bytes, scenario.model.cache_dtype.num_bytes)
     costs = DeploymentCosts(architecture, nodes, types)
@@ -127,7 +134,9 @@ def prepare_experts(scenario: Scenario, architecture: Architecture, max_tokens: 
             "of attention, where nothing overlaps; take policy/micro_batching=none, or a plan with "
             "experts apart"
         )
-    return ExpertSetup(plan, costs, plan.deployment._replace(num_micro_batches=count), nodes)
+    setup = ExpertSetup(plan, costs, plan.deployment._replace(num_micro_batches=count), nodes)
+    _require_room(scenario, setup)
+    return setup
 
 
 def node_limits(scenario: Scenario, setup: ExpertSetup) -> ReplicaLimits:
@@ -143,7 +152,8 @@ def node_limits(scenario: Scenario, setup: ExpertSetup) -> ReplicaLimits:
     sizes = sizes_of(architecture, setup.costs.types)
     held = sizes.attention_bytes
     if plan.deployment.experts is None:
-        held += sizes.num_experts * sizes.expert_bytes * attention.tp_size / attention.num_gpus
+        part, slots = expert_slots(scenario, setup)
+        held += slots * sizes.expert_bytes * attention.tp_size / part.tp_size
     share = scenario.experts.memory_utilization
     room = attention.tp_size * share * gpu.usable_memory_bytes - held
     fitting = int(room // (engine.block_size * sizes.kv_bytes_per_token))
@@ -167,16 +177,20 @@ def loads_of(scenario: Scenario, setup: ExpertSetup, seed: int) -> ExpertLoads:
     Raises:
         ValueError: the experts do not fit the slots.
     """
-    architecture, deployment = setup.costs.architecture, setup.plan.deployment
+    architecture = setup.costs.architecture
     num_experts, top_k = architecture.num_experts, architecture.experts_per_token
     shares = scenario.token_routing.loads(seed, architecture.num_layers, num_experts, top_k)
-    part = deployment.experts or deployment.attention._replace(
-        tp_size=1, num_nodes=deployment.attention.num_gpus
-    )
-    slots = scenario.experts.slots_per_node or -(-num_experts // part.num_nodes)
+    part, slots = expert_slots(scenario, setup)
     view = BalanceView(np.asarray(shares), part.num_nodes, slots)
     placement = checked_placement(scenario.policy.expert_balance, view)
     return ExpertLoads(shares, placement, scenario.experts.loads is Loads.drawn, seed)
+
+
+def expert_slots(scenario: Scenario, setup: ExpertSetup) -> tuple[Part, int]:
+    """The nodes that hold experts, and how many of each layer, replicas included, one has."""
+    num_experts = setup.costs.architecture.num_experts
+    part = expert_part(setup.plan.deployment, num_experts)
+    return part, scenario.experts.slots_per_node or -(-num_experts // part.num_nodes)
 
 
 def sizes_of(architecture: Architecture, types: ElementTypes) -> ModelSizes:
@@ -238,6 +252,40 @@ def _nodes(scenario: Scenario, names: list[str]) -> list[Node]:
                 "name others in experts.attention_nodes and experts.expert_nodes"
             )
     return found
+
+
+def _by_gpu(nodes: list[Node]) -> dict[str, Node]:
+    found: dict[str, Node] = {}
+    for node in nodes:
+        name = node.gpu.name if node.gpu is not None else ""
+        other = found.setdefault(name, node)
+        if other.name != node.name:
+            raise ValueError(
+                f"experts.attention_nodes and experts.expert_nodes: {other.name} and {node.name} "
+                f"have the same GPU {name}, by which a plan knows its node; take one of the two"
+            )
+    return found
+
+
+def _require_room(scenario: Scenario, setup: ExpertSetup) -> None:
+    """Refuse replicas of experts that the plan, which has each once, left no room for.
+
+    Raises:
+        ValueError: they do not fit; says by how much.
+    """
+    part, slots = expert_slots(scenario, setup)
+    gpu = setup.nodes[part.gpu].gpu
+    assert gpu is not None
+    sizes = sizes_of(setup.costs.architecture, setup.costs.types)
+    needed = slots * sizes.expert_bytes / part.tp_size
+    if setup.plan.deployment.experts is None:
+        needed += sizes.attention_bytes / setup.plan.deployment.attention.tp_size
+    allowed = scenario.experts.memory_utilization * gpu.usable_memory_bytes
+    if needed > allowed:
+        raise ValueError(
+            f"experts.slots_per_node={slots} takes {needed / 2**30:.4g} GiB of weights on each "
+            f"{part.gpu}, which may fill {allowed / 2**30:.4g}; lower it, or take larger nodes"
+        )
 
 
 def _mean_context(scenario: Scenario, max_tokens: int) -> float:

@@ -148,7 +148,7 @@ class ParallelPlan(Policy):
 
 
 def known_gpu(wanted: str | None, choices: Iterable[GpuType], key: str) -> GpuType:
-    """The kind of GPU that a rule names; None: the first.
+    """The kind of GPU that a rule names in a field; None: the first.
 
     Raises:
         ValueError: it is none of those that there are.
@@ -157,5 +157,9 @@ def known_gpu(wanted: str | None, choices: Iterable[GpuType], key: str) -> GpuTy
     if wanted is None:
         return next(iter(there.values()))
     if wanted not in there:
-        raise ValueError(f"{key}={wanted} is none of the GPUs to choose from: {', '.join(there)}")
+        raise ValueError(
+            f"policy.parallel_plan.{key}={wanted} is none of the GPUs to choose from: "
+            f"{', '.join(there)}; name one of these, or its node in experts.attention_nodes or "
+            "experts.expert_nodes"
+        )
     return there[wanted]
