@@ -89,16 +89,19 @@ class ExpertPace(AtOnce):
     def _decoding_s(self, tokens: int, context: int) -> float:
         """Seconds with so many requests, and so much context, in every micro-batch on each node."""
         step = floor(STEPS_AN_OCTAVE * log2(context))
-        low, high = (2 ** ((step + more) / STEPS_AN_OCTAVE) for more in (0, 1))
-        low_s, high_s = (self._at_grid_s(tokens, step + more) for more in (0, 1))
+        low, high = (int(2 ** ((step + more) / STEPS_AN_OCTAVE)) for more in (0, 1))
+        low_s = self._at_context_s(tokens, low)
+        if context == low:
+            return low_s
+        high_s = self._at_context_s(tokens, high)
         return low_s + (context - low) / (high - low) * (high_s - low_s)
 
-    def _at_grid_s(self, tokens: int, step: int) -> float:
-        found = self._known_s.get((tokens, step))
+    def _at_context_s(self, tokens: int, context: int) -> float:
+        found = self._known_s.get((tokens, context))
         if found is None:
-            shape = decodes(tokens, 2 ** (step / STEPS_AN_OCTAVE))
+            shape = decodes(tokens, context)
             times = self._times([[shape] * self._num_nodes] * self._count)
-            found = self._known_s[tokens, step] = iteration_s(times)
+            found = self._known_s[tokens, context] = iteration_s(times)
         return found
 
     def _times(self, shapes: Sequence[Sequence[IterationShape]]) -> StageTimes:

@@ -254,9 +254,10 @@ class Replica:
         if not state.waiting and not state.num_running:
             return None
         batch = self.batching.next_batch(self._memory, state)
-        decodes = batch.decode and state.num_decoding
-        if not (decodes or batch.prefill or batch.preempt or batch.admit):
-            return None
+        if not (batch.prefill or batch.preempt or batch.admit):
+            if not (batch.decode and state.num_decoding):
+                return None
+            self._require_room(state.steps_in_memory(1))
         self._enter(batch)
         self._begun = batch
         return batch
@@ -319,8 +320,7 @@ class Replica:
             self._arrival_cuts = Wake.arrival in standing.wake_on
             if self._unseen and (self._arrival_cuts or any(news.always for news in self._unseen)):
                 count = min(count, 1)
-        if count < 1:
-            raise ValueError(self._complaint("a decode takes more blocks than are free"))
+        self._require_room(count)
         decodes = state.num_decoding
         before = state.observed()
         read = state.decode_context + decodes
@@ -330,6 +330,10 @@ class Replica:
         timer = self.environment.boundary(self._boundaries[-1])
         self._timer = timer if count > 1 else None
         return timer
+
+    def _require_room(self, decode_iterations: int) -> None:
+        if decode_iterations < 1:
+            raise ValueError(self._complaint("a decode takes more blocks than are free"))
 
     def _complete(self, chunks: tuple[tuple[int, int], ...]) -> None:
         """An iteration has passed: completed prompts begin to decode, finished requests leave."""

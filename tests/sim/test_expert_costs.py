@@ -149,7 +149,8 @@ def test_nothing_gets_faster_with_more_rows_or_more_context(ideal: bool, tp_size
 
 
 def test_without_work_nothing_takes_time() -> None:
-    attention, expert = AttentionNode(DBRX, NODES["h20"], 2, TYPES), COSTS.expert_node(("h20", 2), True)
+    attention = AttentionNode(DBRX, NODES["h20"], 2, TYPES)
+    expert = ExpertNode(DBRX, NODES["h20"], 2, TYPES)
     assert attention.layer_s(decodes(0, 0)) == attention.outside_s(0, 0) == 0
     assert attention.outside_s(300, 0) == 0  # chunks in mid-prompt sample nothing
     assert expert.layer_s([]) == expert.layer_s([0, 0]) == 0
@@ -277,7 +278,9 @@ def test_experts_beside_attention_are_reached_by_all_to_all(num_gpus: int, machi
     deployment = Deployment(Part("a800_80g", 4, num_gpus // 4), None, 1)
     node, tokens = NODES["a800_80g"], 256
     payload = tokens * DBRX.experts_per_token * DBRX.hidden_size * 2 / 4
-    hardware = node if machines == 1 else Cluster(name="c", node=node, num_nodes=machines, source="test")
+    hardware = node
+    if machines > 1:
+        hardware = Cluster(name="several", node=node, num_nodes=machines, source="made up")
     direct = LinkCollectives(hardware).seconds("all_to_all", num_gpus, payload, machines)
     assert COSTS.stages(deployment, tokens, 650).transfer_s == pytest.approx(direct.seconds)
 
@@ -293,8 +296,9 @@ def test_the_slowest_node_and_the_fullest_port_decide(data: st.DataObject, slots
     for layer in range(2):
         parts = rows[layer].reshape(16, -1)
         # A node's experts are launched together, each with the mean of those that are hit.
-        each = [node.layer_s([part.sum() / (part > 0).sum()] * (part > 0).sum() if part.any() else [])
-                for part in parts]  # fmt: skip
+        hit = (parts > 0).sum(axis=1).tolist()
+        each = [node.layer_s([part.sum() / max(count, 1)] * count)
+                for part, count in zip(parts, hit, strict=True)]  # fmt: skip
         assert expert_s[layer] == pytest.approx(max(each))
         sent = np.zeros((4, 16))
         sent[0] = tokens * DBRX.experts_per_token * COSTS.token_bytes / 16

@@ -1,4 +1,4 @@
-"""How a batch is split into micro-batches: laws of every rule, and those of ping-pong against it."""
+"""How a batch is split into micro-batches: laws of every rule, and the balance of ping-pong."""
 
 from collections.abc import Sequence
 from copy import deepcopy
