@@ -6,7 +6,7 @@ from collections.abc import Callable
 from sim.cost_shares import cost_shares
 from sim.costs.fitted import Fitted
 from sim.deployment import check_deployment, simulate_seed
-from sim.expert_setup import expert_settings_without_effect, seats_without_effect
+from sim.expert_warnings import expert_settings_without_effect, plan_settings_without_effect
 from sim.policies.instance_plan.base import phases
 from sim.policies.routing.prefix_aware import PrefixAware
 from sim.policies.routing.round_robin import RoundRobin
@@ -62,7 +62,7 @@ def run(scenario: Scenario, seed_begins: Callable[[int], None] = lambda _: None)
 def _warnings(scenario: Scenario, setup: Setup) -> list[str]:
     """What runs but not as the user may think."""
     if setup.experts is not None:
-        return seats_without_effect(scenario.engine)
+        return plan_settings_without_effect(scenario, setup)
     found = scenario.policy.batching.without_effect(setup.limits)
     found += expert_settings_without_effect(scenario)
     overhead_s, node = scenario.engine.iteration_overhead_s, scenario.node

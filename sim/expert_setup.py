@@ -1,14 +1,14 @@
 """What a plan that places experts settles before a run. Refuses what cannot run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
 from hardware_models.parts import load_node
 from hardware_models.schema import Gpu, Node
 from sim.costs.expert_nodes import ElementTypes
-from sim.engine import Engine, ReplicaLimits
+from sim.engine import ReplicaLimits
 from sim.expert_costs import DeploymentCosts, expert_part
 from sim.experts import Experts, Loads, PlanCost
 from sim.models.architecture import Architecture
@@ -27,7 +27,7 @@ from sim.policies.parallel_plan.base import (
     PlanView,
 )
 from sim.processes.expert_pace import ExpertLoads
-from sim.scenario import CostFamily, Policies, Scenario
+from sim.scenario import CostFamily, Scenario
 from sim.state.ping_pong import total_s
 from sim.workload.knowledge import KnowledgeWorkload
 from sim.workload.source import check
@@ -321,33 +321,3 @@ def _refuse_others(scenario: Scenario) -> None:
                 f"parallel plan {name} places experts and is not combined with {value}; take "
                 f"{instead}"
             )
-
-
-def expert_settings_without_effect(scenario: Scenario) -> list[str]:
-    """Settings about experts that a plan without places for them does not look at, in words."""
-    default = Policies()
-    idle = [
-        f"policy/{name}"
-        for name in ("micro_batching", "expert_balance")
-        if getattr(scenario.policy, name) != getattr(default, name)
-    ]
-    fresh = {one.name: one.default_factory for one in fields(Scenario)}
-    for name in ("experts", "token_routing"):
-        made = fresh[name]
-        if callable(made) and getattr(scenario, name) != made():
-            idle.append(name)
-    return [
-        f"{name} has no effect with policy/parallel_plan=tensor, which places no experts; take "
-        "policy/parallel_plan=disaggregated, expert_parallel or expert_plan_search"
-        for name in idle
-    ]
-
-
-def seats_without_effect(engine: Engine) -> list[str]:
-    """Engine settings that a plan takes the place of, in words."""
-    if engine.max_num_seqs == Engine().max_num_seqs:
-        return []
-    return [
-        f"engine.max_num_seqs={engine.max_num_seqs} has no effect with a plan that places experts, "
-        "whose batch is the largest that memory and slo.tpot_s allow"
-    ]

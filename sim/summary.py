@@ -99,7 +99,8 @@ def _efficiency(
     scenario: Scenario, setup: Setup, trace: Trace, duration_s: float
 ) -> dict[str, float]:
     """FLOPs, bytes, and what time on the device costs where price and power are published."""
-    done = work_done(trace, setup.architecture, setup.kv_bytes_per_token)
+    computes = setup.experts is None or scenario.experts.prefill_here
+    done = work_done(trace, setup.architecture, setup.kv_bytes_per_token, computes_prompts=computes)
     output = int(trace.requests["output_tokens"].sum())
     busy = metrics.busy_share(trace, _executors(scenario, setup), setup.lanes)
     price = _of_gpus(scenario, setup, lambda gpu: gpu.price and gpu.price.usd_per_hour)

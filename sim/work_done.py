@@ -9,6 +9,9 @@ from sim.models.flops import attention_flops_per_pair, layer_flops_per_token
 from sim.models.operators import lm_head
 from sim.trace import Trace
 
+ARRIVED = ("num_prefills", "prefill_context")
+"""Tokens and query-key pairs of prompts that came with their KV: a new token each."""
+
 
 class WorkDone(NamedTuple):
     """Sums over all iterations of a trace."""
@@ -20,7 +23,10 @@ class WorkDone(NamedTuple):
     kv_bytes_read: int
 
 
-def work_done(trace: Trace, architecture: Architecture, kv_bytes_per_token: int) -> WorkDone:
+def work_done(
+    trace: Trace, architecture: Architecture, kv_bytes_per_token: int, *,
+    computes_prompts: bool = True,
+) -> WorkDone:  # fmt: skip
     """Add up what all iterations computed, wrote and read, and what was written by hand-overs.
 
     A decision that stands for k iterations reads a context that grows by one token a request each.
@@ -29,13 +35,17 @@ def work_done(trace: Trace, architecture: Architecture, kv_bytes_per_token: int)
         trace: of any number of replicas.
         architecture: what it served.
         kv_bytes_per_token: of the KV cache, all layers.
+        computes_prompts: else they came with their KV, which is written here all the same, and
+            each was one token more to compute.
     """
     column = trace.decisions
     repeat, decodes = column["repeat"], column["num_decodes"]
-    tokens = int(((column["prefill_tokens"] + decodes) * repeat).sum())
+    stored = int(((column["prefill_tokens"] + decodes) * repeat).sum())
+    names = ("prefill_tokens", "prefill_pairs") if computes_prompts else ARRIVED
+    tokens = int(((column[names[0]] + decodes) * repeat).sum())
     grown = decodes * (repeat * (repeat - 1) // 2)
     decode_context = int((column["decode_context"] * repeat + grown).sum())
-    pairs = int((column["prefill_pairs"] * repeat).sum()) + decode_context
+    pairs = int((column[names[1]] * repeat).sum()) + decode_context
     sampled = int((column["sampled_tokens"] * repeat).sum())
     read = int((column["prefill_context"] * repeat).sum()) + decode_context
     flops = (
@@ -44,5 +54,5 @@ def work_done(trace: Trace, architecture: Architecture, kv_bytes_per_token: int)
         + sampled * lm_head(architecture).flops_per_token
     )
     moved = trace.hand_overs
-    written = tokens + int(moved["kv_tokens"][~np.isnan(moved["delivered_s"])].sum())
+    written = stored + int(moved["kv_tokens"][~np.isnan(moved["delivered_s"])].sum())
     return WorkDone(tokens, flops, written * kv_bytes_per_token, read * kv_bytes_per_token)

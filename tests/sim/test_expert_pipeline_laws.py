@@ -57,7 +57,7 @@ class Load(NamedTuple):
     rules: PipelineRules
 
     @property
-    def count(self) -> int:
+    def micro_batches(self) -> int:
         return self.rules.micro_batching.count(2)
 
 
@@ -72,7 +72,7 @@ def serve(load: Load) -> Run:
     pace = Slowest(load.case.cost)
     trace = simulate_expert_pipeline(
         Source(load.case.workload, 0, CONTEXT), load.rules, load.case.limits,
-        (load.num_nodes, load.count), pace,
+        (load.num_nodes, load.micro_batches), pace,
     )  # fmt: skip
     return Run(trace, pace.seen)
 
@@ -140,7 +140,7 @@ def test_the_pace_is_asked_about_the_work_that_the_decisions_say(load: Load, run
         for number, batch in enumerate(batches):
             places = [place for part in batch.parts for place in part]
             assert sorted(places) == list(range(len(batch.rows)))
-            assert len(batch.parts) == load.count
+            assert len(batch.parts) == load.micro_batches
             if not batch.rows:
                 continue
             decision = next(decided[number])

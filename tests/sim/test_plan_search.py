@@ -78,7 +78,7 @@ SEARCH = ExpertPlanSearch(
 )  # fmt: skip
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(lines=LINES, slo_s=st.integers(20, 300), context=st.integers(1, 60))
 def test_the_search_finds_the_best_of_all_deployments_and_batches(
     lines: Lines, slo_s: int, context: int
