@@ -86,6 +86,8 @@ def main(argv: Sequence[str]) -> int:
         device, rounds = options.device.value, 10 * options.repeats
         node = store({}, calibrate_ranks.measure(options.ranks, device, rounds), device, path)
         calibrate_ranks.show(node, path)
+        if options.ranks == 2 and options.device is Device.cpu:
+            calibrate_ranks.show_busy()
         return 0
     node = calibrate(options.weights, options.device.value, options.repeats, path)
     show(node, path)

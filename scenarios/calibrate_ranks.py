@@ -17,6 +17,11 @@ PERCENTILE = 10
 ACCEPTED = 0.25
 """Largest relative error on held-out payloads, unless runs differ by more."""
 
+BUSY_TOKENS, BUSY_CONTEXT, BUSY_ROUNDS = 32, 256, 9
+"""What attention and experts compute while it is seen whether they slow each other down."""
+BUSY_NOTICED = 1.05
+"""Above it they do: less is the machine's noise."""
+
 Seconds = dict[tuple[str, int], float]
 """The percentile by operation and payload."""
 
@@ -100,3 +105,16 @@ def show(node: Node, path: Path) -> None:
         )  # fmt: skip
     console().print(table)
     console().print(f"written to {path}")
+
+
+def show_busy() -> None:
+    """Print whether two busy ranks slow each other down, as those of an expert pipeline might."""
+    from backends.expert_timing import time_together
+
+    busy = time_together(BUSY_TOKENS, BUSY_CONTEXT, BUSY_ROUNDS)
+    slowed = max(busy) > BUSY_NOTICED
+    told = "slow each other down" if slowed else "do not slow each other down"
+    console().print(
+        f"two busy ranks {told} here: attention takes {busy.attention:.3f} times as long beside "
+        f"experts, experts {busy.experts:.3f} times as long beside attention"
+    )

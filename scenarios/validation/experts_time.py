@@ -84,7 +84,7 @@ def timed(
 ) -> tuple[PipelineRuns, list[Line]]:
     """Time everything so many times, and judge it."""
     task = progress.add_task("time", total=repeats + 1)
-    first = calibrate([], None)
+    first = calibrate(time_phases(calibration_phases(None)), None, _busy())
     progress.advance(task)
     found: list[Repeat] = []
     for _ in range(repeats):
@@ -102,14 +102,14 @@ def calibration_phases(stages: Stages | None) -> list[Phase]:
     return phases
 
 
-def calibrate(timings: Sequence[Timed], known: Stages | None) -> Stages:
+def calibrate(timings: Sequence[Timed], known: Stages | None, busy: Busy) -> Stages:
     """Stage times of a micro-batch of `TOKENS`, from those of others.
 
     Args:
-        timings: of `calibration_phases(known)`; empty: they are run now.
+        timings: of `calibration_phases(known)`.
         known: an earlier calibration, by which the emulated link was chosen.
+        busy: how much two busy ranks slow each other down.
     """
-    timings = timings or time_phases(calibration_phases(known))
     plain = timings[: len(CALIBRATED)]
 
     def at_tokens(of: Callable[[Timed], float]) -> float:
@@ -121,9 +121,12 @@ def calibrate(timings: Sequence[Timed], known: Stages | None) -> Stages:
         late_s = way_s(timings[-1]) - known.compute_s * CALIBRATED_SHARE
     return Stages(
         at_tokens(lambda one: one.attention_s), at_tokens(lambda one: one.expert_s),
-        at_tokens(lambda one: one.outside_s), at_tokens(way_s), late_s,
-        time_together(TOKENS, CONTEXT, TOGETHER_ROUNDS),
+        at_tokens(lambda one: one.outside_s), at_tokens(way_s), late_s, busy,
     )  # fmt: skip
+
+
+def _busy() -> Busy:
+    return time_together(TOKENS, CONTEXT, TOGETHER_ROUNDS)
 
 
 def way_s(timed: Timed) -> float:
@@ -148,7 +151,7 @@ def _pass(first: Stages) -> Repeat:
     before = calibration_phases(first)
     phases = [Phase(m, TOKENS, CONTEXT, links[name], ITERATIONS) for name, m in judged]
     timings = time_phases([*before, *phases])
-    stages = calibrate(timings[: len(before)], first)
+    stages = calibrate(timings[: len(before)], first, _busy())
     return Repeat(stages, dict(zip(judged, timings[len(before) :], strict=True)), nominal)
 
 
