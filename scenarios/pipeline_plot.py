@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from scenarios.plot_style import STYLE, write
+from sim.processes.exact_time import ExactEnvironment
+from sim.processes.stations import STATIONS, Iteration, StageTimes, Visit
 
 Span = tuple[str, str, float, float, int]
 """(resource, operation, start, end, micro-batch), seconds from the start of the iteration."""
@@ -38,7 +40,7 @@ def two_pipelines(
             2, 1, sharex=True, height_ratios=[_rows(spans) for spans in shown]
         ).tolist()
         for ax, spans, name in zip(panels, shown, ("simulated", "measured"), strict=True):
-            _draw(ax, spans)
+            draw_pipeline(ax, spans)
             ax.set_title(name)
         panels[1].set_xlabel("ms from the start of the iteration")
         panels[1].set_xlim(0, longest_s * 1e3)
@@ -67,8 +69,19 @@ def _rows(spans: Sequence[Span]) -> int:
     return len({span[0] for span in spans})
 
 
-def _draw(ax: Axes, spans: Sequence[Span]) -> None:
-    """A row a resource, a colour a micro-batch."""
+def visited(times: StageTimes) -> list[Span]:
+    """What the stations of a simulated iteration do."""
+    visits: list[Visit] = []
+    environment = ExactEnvironment()
+    environment.run(until=Iteration(environment, times, visited=visits.append).done)
+    return [
+        (STATIONS[one.station], f"layer {one.layer}", one.start_s, one.end_s, one.micro_batch)
+        for one in visits
+    ]
+
+
+def draw_pipeline(ax: Axes, spans: Sequence[Span]) -> None:
+    """A row a resource, a colour a micro-batch, over milliseconds."""
     found = {span[0] for span in spans}
     names = sorted(found, key=lambda name: (ORDER.index(name.split()[0]), name))
     for resource, operation, start_s, end_s, micro_batch in spans:

@@ -16,10 +16,10 @@ from rich.progress import Progress
 from backends.emulated_link import EmulatedLink
 from backends.expert_rank import Span
 from backends.expert_timing import TIMED_CONFIG, Busy, Phase, Timed, time_phases, time_together
+from scenarios.pipeline_plot import visited
 from scenarios.validation.intervals import Floats, two_stage
 from scenarios.validation.verdict import Line, Verdict, judge_error
-from sim.processes.exact_time import ExactEnvironment
-from sim.processes.stations import STATIONS, Iteration, StageTimes, Visit, iteration_s
+from sim.processes.stations import StageTimes, iteration_s
 from sim.state.ping_pong import StageSeconds
 
 TOKENS, CONTEXT = 32, 256
@@ -272,13 +272,6 @@ def _machine_line(repeats: Sequence[Repeat]) -> Line:
 def _picture(repeat: Repeat) -> PipelineRuns:
     """One iteration of three micro-batches over the slowest emulated link, on both panels."""
     name, count = f"{SHARES[-1]:.2f}", 3
-    visits: list[Visit] = []
-    environment = ExactEnvironment()
-    times = predicted_times(repeat, name, count)
-    environment.run(until=Iteration(environment, times, visited=visits.append).done)
-    simulated = [
-        (STATIONS[one.station], f"layer {one.layer}", one.start_s, one.end_s, one.micro_batch)
-        for one in visits
-    ]
+    simulated = visited(predicted_times(repeat, name, count))
     title = f"{count} micro-batches, T_c/T_f = {name} (emulated link)"
     return PipelineRuns(simulated, repeat.measured[name, count].spans, title)
