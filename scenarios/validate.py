@@ -98,15 +98,10 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
     claim_folder(out, (ANSWERS, PICTURE, REQUESTS), "validation")
     routings: dict[str, Routing] = {}
     lanes = lanes_of_replica(last)
-    if last.num_replicas * lanes > 1 or last.faults:
+    if last.num_replicas * lanes > 1 or last.faults or places_experts(last):
         routings = {name: composed("routing", name).policy.routing for name in names["routing"]}
     sizes = (last.tp_size, last.pp_size)
-    if sizes != (1, 1) and (prefix_caching or last.num_replicas > 1 or last.faults):
-        raise ValueError(
-            f"tp_size={last.tp_size} and pp_size={last.pp_size} are validated for one replica "
-            "without a prefix cache and without faults; set engine.prefix_caching=false, "
-            "num_replicas=1 and faults=[], or validate one rank"
-        )
+    _require_one_replica(last)
     knowledge = None
     if retrieves(last):
         evictions = {
@@ -116,22 +111,29 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
         knowledge = KnowledgePlan(rules_of(last), evictions)
     experts = None
     if places_experts(last):
-        micro_batchings = {
-            name: composed("micro_batching", name).policy.micro_batching
-            for name in names["micro_batching"]
-        }
-        balances = {
-            name: composed("expert_balance", name).policy.expert_balance
-            for name in names["expert_balance"]
-        }
-        routings = routings or {
-            name: composed("routing", name).policy.routing for name in names["routing"]
-        }
-        experts = ExpertRules(micro_batchings, balances)
+        experts = ExpertRules(
+            *({name: getattr(composed(family, name).policy, family) for name in names[family]}
+              for family in ("micro_batching", "expert_balance"))
+        )  # fmt: skip
     return Plan(
         study, options, policies, accept, out, prefix_caching, last.num_replicas, routings, *sizes,
         last.policy.instance_plan, tuple(last.faults), lanes, knowledge, experts,
     )  # fmt: skip
+
+
+def _require_one_replica(study: Study) -> None:
+    """Refuse several ranks together with what is validated on one rank alone.
+
+    Raises:
+        ValueError: says what to leave out.
+    """
+    several = study.tp_size * study.pp_size > 1
+    if several and (study.engine.prefix_caching or study.num_replicas > 1 or study.faults):
+        raise ValueError(
+            f"tp_size={study.tp_size} and pp_size={study.pp_size} are validated for one replica "
+            "without a prefix cache and without faults; set engine.prefix_caching=false, "
+            "num_replicas=1 and faults=[], or validate one rank"
+        )
 
 
 def _accept_keys(study: Study) -> tuple[str, ...]:
