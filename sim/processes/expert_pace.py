@@ -19,6 +19,8 @@ from sim.policies.parallel_plan.base import Deployment
 from sim.processes.pace import AtOnce, Replayed
 from sim.processes.stations import StageTimes, iteration_s
 
+MOST_KEPT = 4096
+"""Loads of micro-batches whose times are kept: prompts make new ones in every iteration."""
 STEPS_AN_OCTAVE = 4
 """Points of the grid of contexts from one length to twice as much."""
 
@@ -122,6 +124,8 @@ class ExpertPace(AtOnce):
         """Seconds of the slowest expert node and of one way [layers, micro-batches]."""
         key = tuple(one for part in tokens for one in part)
         if (found := self._expert_times.get(key)) is None:
+            if len(self._expert_times) >= MOST_KEPT:
+                self._expert_times.clear()
             columns = [self._one_part(part, at) for at, part in enumerate(tokens)]
             found = self._expert_times[key] = (
                 np.stack([expert_s for expert_s, _ in columns], axis=1),
