@@ -126,6 +126,7 @@ class Channel:
         """Wait for the oldest message that a buffer was posted for."""
         at = self._posted.popleft()
         self._pending[at].wait()
+        self._pending[at] = None  # gloo would wait for another message the second time
         num_rows, due_s, counts = self._read(self._buffers[at])
         count, layout = max(num_rows, 0), self._layout
         if self._in_one:
@@ -221,11 +222,14 @@ def padded_all_to_all_rows(
             "drop tokens"
         )
     width = rows.shape[1]
-    padded = rows.new_zeros((world.size, capacity + 1, width))
+    head = -(-WORD // (width * rows.element_size()))
+    padded = rows.new_zeros((world.size, head + capacity, width))
     for place, part in enumerate(rows.split(list(send_rows))):
-        padded[place, 0, 0] = len(part)
-        padded[place, 1 : 1 + len(part)] = part
-    flat = padded.view(-1, width)
-    mixed = world.all_to_all(flat, name).view(world.size, capacity + 1, width)
-    counts = [int(one) for one in mixed[:, 0, 0]]
-    return torch.cat([mixed[at, 1 : 1 + n] for at, n in enumerate(counts)]), counts
+        padded[place, head : head + len(part)] = part
+    # As bytes: a number of rows need not be a number that the dtype has.
+    sizes = torch.tensor(send_rows, dtype=torch.int64, device=rows.device).view(-1, 1)
+    padded.view(world.size, -1).view(torch.uint8)[:, :WORD] = sizes.view(torch.uint8)
+    mixed = world.all_to_all(padded.view(-1, width), name).view(padded.shape)
+    words = mixed.view(world.size, -1).view(torch.uint8)[:, :WORD].contiguous()
+    counts: list[int] = words.view(torch.int64)[:, 0].tolist()
+    return torch.cat([mixed[at, head : head + n] for at, n in enumerate(counts)]), counts
