@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from backends.attention_rank import AttentionRank
 from backends.checkpoints import runnable_architecture
@@ -144,10 +145,15 @@ def serve_experts(run: ExpertRun) -> ExpertServed:
     """Serve on attention and expert ranks of this machine, one process each.
 
     Raises:
-        ValueError: the model or the sizes are refused, or a policy is.
+        ValueError: the model, the workload or the sizes are refused, or a policy is.
         ChildProcessError: a rank was lost; it is named.
     """
     require_model(run.weights, run.device)
+    if (clients := run.workload.clients) is not None:
+        raise ValueError(
+            f"workload of {clients} clients must be open-loop: every attention rank reads the "
+            "arrivals by itself and they cannot wait for answers; take workload=poisson or a trace"
+        )
     layout = layout_of(run, architecture_of(run))
     require_ranks(layout.size, run.device)
     arguments = (user_files(), pickle.dumps(run))
@@ -202,17 +208,32 @@ def layout_of(run: ExpertRun, architecture: Architecture) -> Layout:
             f"num_expert_ranks={ranks} must divide num_experts={experts}; take another number, or "
             "give slots_per_node for replicas"
         )
-    slots = run.slots_per_node or experts // ranks
-    loads = np.ones((architecture.num_layers, experts))
-    if run.loads is not None:
-        loads = np.array(run.loads, np.float64)
-    placement: Placement = checked_placement(run.expert_balance, BalanceView(loads, ranks, slots))
+    slots = experts // ranks if run.slots_per_node is None else run.slots_per_node
+    view = BalanceView(_loads(run, (architecture.num_layers, experts)), ranks, slots)
+    placement: Placement = checked_placement(run.expert_balance, view)
     # A micro-batch may hold the whole batch, where it is a single prompt.
     most = max(run.limits.max_num_batched_tokens, run.limits.max_num_seqs)
     return Layout(
         num_attention=run.num_attention, num_expert_ranks=ranks, num_micro_batches=run.count,
         placement=placement, max_tokens=most,
     )  # fmt: skip
+
+
+def _loads(run: ExpertRun, shape: tuple[int, int]) -> NDArray[np.float64]:
+    """Of each expert by layer.
+
+    Raises:
+        ValueError: loads of other layers or experts.
+    """
+    if run.loads is None:
+        return np.ones(shape)
+    lengths = sorted({len(row) for row in run.loads})
+    if len(run.loads) != shape[0] or lengths != [shape[1]]:
+        raise ValueError(
+            f"loads of {len(run.loads)} layers with {', '.join(map(str, lengths))} experts must be "
+            f"of the model's {shape[0]} layers with {shape[1]} experts; count its tokens"
+        )
+    return np.array(run.loads, np.float64)
 
 
 def _config(run: ExpertRun) -> Mapping[str, object]:

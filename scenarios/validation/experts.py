@@ -59,8 +59,12 @@ def expert_lines(name: str, run: ExpertRun) -> list[Line]:
         panels = run_both(run)
     except ValueError as error:
         return stopped_lines(name, error)
-    config = architecture_of(run)
-    real = panels.real
+    return judge(name, run, panels)
+
+
+def judge(name: str, run: ExpertRun, panels: ExpertPanels) -> list[Line]:
+    """Questions 1 and 2 of what both panels did."""
+    config, real = architecture_of(run), panels.real
     routed = RoutedPanels(
         RoutedRun(real.trace, real.answers, *real.kv_bytes, sent_bytes=0, samplers=[]),
         panels.simulated, run.num_attention,
