@@ -82,8 +82,14 @@ def run_both(run: ExpertRun) -> ExpertPanels:
     """Serve for real, then decide again at the logged instants with the recorded routing.
 
     Raises:
-        ValueError: a policy breaks its rules, or a gate chose for a token that nobody recorded.
+        ValueError: a policy breaks its rules, a gate chose for a token that nobody recorded, or
+            prompts are reused.
     """
+    if run.limits.prefix_caching:
+        raise ValueError(
+            "limits.prefix_caching=True must be False here: a single process, whose routing is "
+            "recorded, reuses other tokens; set engine.prefix_caching=false"
+        )
     run = replace(run, keeps_log=True)
     real = serve_experts(run)
     with tempfile.TemporaryDirectory(prefix="diptych-routing-") as folder:

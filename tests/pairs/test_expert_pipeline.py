@@ -262,6 +262,24 @@ def test_an_expert_rank_that_gets_no_token_is_sent_nothing_and_waits_for_nothing
     assert {one.target for one in both.real.log} == {rank - 1 for rank in served - {0}}
 
 
+def test_an_attention_rank_without_requests_takes_part_and_idle_ranks_wait():
+    """The second rank is sent nothing but the second request, long after the first has ended."""
+    workload = Recorded(arrival_s=[0.0, 0.4], prompt_tokens=[9, 1], output_tokens=[5, 1])
+    run = few(3, 1, workload=workload, batching=batching("continuous"))
+    both = experts.run_both(run)
+    for line in experts.judge("", run, both):
+        assert line.verdict is Verdict.passed, line
+    assert both.real.trace.routes["replica"].tolist() == [0, 1]
+    assert set(both.real.payload_bytes()) == {(0, 3), (3, 0), (1, 3), (3, 1)}
+    assert list(map(len, (both.real.answers[0], both.real.answers[1]))) == [5, 1]
+
+
+def test_reused_prompts_cannot_be_compared_and_are_refused():
+    run = few(1, 1, limits=FEW_LIMITS._replace(prefix_caching=True))
+    with pytest.raises(ValueError, match="prefix_caching=True must be False here"):
+        experts.run_both(run)
+
+
 @cache
 def few_alone(sampler):
     model = open_model("random", "cpu", config=shipped_config(TINY))[1]
