@@ -5,11 +5,11 @@ Run by itself: nothing.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
 from typing import NamedTuple
 
 from hardware_models.parts import load_node
 from hardware_models.schema import Node
+from sim.api import run
 from sim.costs.expert_nodes import ElementTypes
 from sim.costs.link_collectives import NCCL
 from sim.engine import Engine
@@ -20,8 +20,12 @@ from sim.lanes import num_lanes
 from sim.metrics import Slo
 from sim.models.architecture import load_architecture
 from sim.models.work import IterationShape
+from sim.policies.batching.chunked_prefill import ChunkedPrefill
+from sim.policies.micro_batching.none import WholeBatch
+from sim.policies.micro_batching.ping_pong import PingPong
 from sim.policies.parallel_plan._largest_batch import largest
 from sim.policies.parallel_plan.base import Deployment, ParallelPlan, Plan, PlanEstimator, PlanView
+from sim.policies.parallel_plan.disaggregated import Disaggregated
 from sim.policies.parallel_plan.expert_parallel import ExpertParallel
 from sim.policies.parallel_plan.expert_plan_search import ExpertPlanSearch
 from sim.scenario import Model, Policies, Scenario
@@ -32,23 +36,20 @@ from sim.workload.poisson import Poisson
 SLO_S = 0.15
 """TPOT of the paper's evaluation."""
 CONTEXT = 571 + 159 / 2
-"""Of a decoding request: the median prompt and half of the median answer. Means are not published."""
-NODES = {"a100_80g": "a100_80g_x8", "h20": "h20_x8", "l40s": "l40s_x8"}
+"""Of a decoding request: the median prompt and half of the median answer; means are unknown."""
 TYPES = ElementTypes("bf16", 2, 2)
+MOST_SEQS = 4096
+"""Seats of the tensor baseline; it fills fewer."""
+BLOCK, STEPS = 16, 8
+"""Tokens of a KV block, and iterations that are simulated with loads drawn by chance."""
 
 
 class Served(NamedTuple):
-    """What a deployment decodes at its largest batch."""
+    """What a replica of the tensor baseline decodes at its largest batch."""
 
     batch: int
-    num_gpus: int
     tokens_per_s: float
-    iteration_s: float
-
-    @property
-    def per_gpu(self) -> float:
-        """Tokens/s over GPUs, which must all be alike to be compared by it."""
-        return self.tokens_per_s / self.num_gpus
+    tokens_per_s_per_gpu: float
 
 
 class Case(NamedTuple):
@@ -61,7 +62,7 @@ class Case(NamedTuple):
     cost: PlanCost = PlanCost.gpus
 
 
-def scenario_of(case: Case, plan: ParallelPlan, *, ideal: bool = False) -> Scenario:
+def scenario_of(case: Case, plan: ParallelPlan) -> Scenario:
     """A study of a case under a plan."""
     return Scenario(
         model=Model(name=case.model),
@@ -73,16 +74,15 @@ def scenario_of(case: Case, plan: ParallelPlan, *, ideal: bool = False) -> Scena
             expert_nodes=list(case.experts),
             plan_cost=case.cost,
             context_tokens=CONTEXT,
-            peaks_reached=ideal,
         ),
         slo=Slo(tpot_s=SLO_S),
     )
 
 
-def planned(case: Case, plan: ParallelPlan, *, ideal: bool = False) -> Plan:
+def planned(case: Case, plan: ParallelPlan) -> Plan:
     """What a rule plans for a case."""
     architecture = load_architecture(case.model)
-    scenario = scenario_of(case, plan, ideal=ideal)
+    scenario = scenario_of(case, plan)
     return prepare_experts(scenario, architecture, architecture.max_position_embeddings).plan
 
 
@@ -129,14 +129,9 @@ def by_pair(plans: Sequence[Plan]) -> dict[tuple[str, str], Plan]:
     return best
 
 
-def served(plan: Plan) -> Served:
-    """A plan at its largest batch."""
-    return Served(plan.batch, plan.num_gpus, plan.tokens_per_s, plan.iteration_s)
-
-
-def expert_parallel(case: Case, num_gpus: int) -> Served:
-    """Tensor and expert parallelism as TensorRT-LLM runs them, on as many GPUs."""
-    return served(planned(case, ExpertParallel(num_gpus=num_gpus, attention_tp=8)))
+def expert_parallel(case: Case, num_gpus: int) -> Plan:
+    """Tensor and expert parallelism as TensorRT-LLM runs them, on so many GPUs."""
+    return planned(case, ExpertParallel(num_gpus=num_gpus, attention_tp=8))
 
 
 def tensor(model: str, node: Node, pp_size: int = 1) -> Served:
@@ -146,7 +141,7 @@ def tensor(model: str, node: Node, pp_size: int = 1) -> Served:
     flight for each, and each has its share of the KV.
     """
     node = replace(node, num_gpus=8 * pp_size)
-    engine = Engine(max_num_seqs=2048)
+    engine = Engine(max_num_seqs=MOST_SEQS, max_num_batched_tokens=MOST_SEQS)
     scenario = Scenario(
         model=Model(name=model), node=node, tp_size=8, pp_size=pp_size, engine=engine,
         workload=Poisson(rate_per_s=1.0, num_requests=1, input_tokens=571, output_tokens=159),
@@ -160,8 +155,9 @@ def tensor(model: str, node: Node, pp_size: int = 1) -> Served:
 
     room = int(setup.limits.num_blocks * setup.limits.block_size // CONTEXT)
     most = largest(min(room, setup.limits.max_num_seqs), lambda one: iteration_s(one) <= SLO_S)
-    took_s = iteration_s(most)
-    return Served(lanes * most, node.num_gpus, lanes * most / took_s, took_s)
+    assert most < setup.limits.max_num_seqs, "the seats bind; give it more"
+    tokens_per_s = lanes * most / iteration_s(most)
+    return Served(lanes * most, tokens_per_s, tokens_per_s / node.num_gpus)
 
 
 class OverNccl(NamedTuple):
@@ -183,6 +179,24 @@ class OverNccl(NamedTuple):
         return self.costs.outside_s(deployment, node_tokens)
 
 
-def pairs_of(names: Sequence[str]) -> list[tuple[str, str]]:
-    """All ordered pairs."""
-    return list(product(names, names))
+def drawn(case: Case, plan: Plan) -> float:
+    """Tokens/s of a plan at its batch where the loads of experts are drawn by chance.
+
+    A plan takes every expert to have as many rows as another.
+    """
+    attention, experts, count = plan.deployment
+    rule: ParallelPlan = ExpertParallel(num_gpus=plan.num_gpus, attention_tp=attention.tp_size)
+    if experts is not None:
+        rule = Disaggregated(
+            attention_tp=attention.tp_size, num_attention_nodes=attention.num_nodes,
+            expert_tp=experts.tp_size, num_micro_batches=count, attention_gpu=attention.gpu,
+            expert_gpu=experts.gpu,
+        )  # fmt: skip
+    scenario = scenario_of(case, rule)
+    tokens = int(CONTEXT) // BLOCK * BLOCK
+    scenario.workload = Poisson(
+        rate_per_s=1e9, num_requests=plan.batch, input_tokens=tokens - STEPS, output_tokens=STEPS
+    )
+    scenario.policy.batching = ChunkedPrefill()
+    scenario.policy.micro_batching = PingPong() if experts is not None else WholeBatch()
+    return plan.batch / run(scenario)["tpot_p50_s"]
