@@ -13,6 +13,10 @@ TOY = {
         "RATES": [8, 20], "SEEDS": [0, 1], "NUM_REQUESTS": 30, "CHUNK_TOKENS": 256,
         "CHUNKS": [256], "BUSY_RATE": 20,
     },
+    "what_do_micro_batches_hide": {
+        "NUM_LAYERS": 6, "SHARES": [0.1, 0.6], "MODELS": ["mixtral_8x22b"],
+        "ATTENTION_NODES": [1, 2], "SKEWS": [1.0], "NUM_REQUESTS": 60,
+    },
     "what_does_a_knowledge_cache_save": {
         "HOST_GIB": [8, 16], "RATES": [0.4, 0.8], "SEEDS": [0], "NUM_REQUESTS": 150,
         "BUSY_RATE": 0.8,
