@@ -12,9 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backends.collectives import Collectives, Sent, Tally
+from backends.collectives import Collectives, Tally
 from backends.emulated_link import EmulatedLink
 from backends.m2n import Channel, Format, all_to_all_rows, padded_all_to_all_rows
+
+LATER = (999, 9)
+"""Turn of a message that follows when all others are over."""
 
 
 class Case(NamedTuple):
@@ -47,8 +50,11 @@ def message_of(
     return rows, torch.bincount(chosen, minlength=layout.num_counts).tolist()
 
 
-def there_and_back(rank: int, size: int, case: Case) -> tuple[list[object], list[Sent]]:
-    """Every sender to every answerer and back, several micro-batches under way at once."""
+def there_and_back(rank: int, size: int, case: Case) -> dict[str, object]:
+    """Every sender to every answerer and back, several micro-batches under way at once.
+
+    When all that is over and the channels are drained, one more message goes through new ones.
+    """
     tally = Tally(rank)
     world = Collectives(range(size), tally)
     peers = range(case.senders, size) if rank < case.senders else range(case.senders)
@@ -56,9 +62,20 @@ def there_and_back(rank: int, size: int, case: Case) -> tuple[list[object], list
     out = {peer: Channel(world, peer, case.layout, depth, "cpu") for peer in peers}
     back = {peer: Channel(world, peer, case.layout, depth, "cpu") for peer in peers}
     came = _ask(rank, case, out, back) if rank < case.senders else _answer(case, out, back)
-    for channel in out.values():
+    for channel in (*out.values(), *back.values()):
+        channel.drain()
         channel.flush()
-    return came, tally.sent()
+    sent = tally.sent()
+    later: list[Tensor] = []
+    for peer in peers:
+        channel = Channel(world, peer, case.layout, 1, "cpu")
+        if rank < case.senders:
+            channel.send(*message_of(case, rank, peer, LATER), "later")
+            channel.flush()
+        else:
+            channel.post()
+            later.append(channel.receive().rows)
+    return {"came": came, "sent": sent, "later": later}
 
 
 def _ask(rank: int, case: Case, out: dict[int, Channel], back: dict[int, Channel]) -> list[object]:

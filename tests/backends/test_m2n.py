@@ -3,6 +3,7 @@
 import pytest
 import torch
 from message_work import (
+    LATER,
     Case,
     in_three_ways,
     message_of,
@@ -43,7 +44,7 @@ def test_what_arrives_is_what_was_sent_in_order_over_many_rounds(exchanged):
     case, ranks = exchanged
     for target in ANSWERERS:
         for source in range(SENDERS):
-            came = [one for one in ranks[target][0] if one[0] == source]
+            came = [one for one in ranks[target]["came"] if one[0] == source]
             sent = messages_of(case, source, target)
             assert len(came) == len(sent) + 1
             for (_, rows, counts, stops), (sent_rows, sent_counts) in zip(came, sent, strict=False):
@@ -58,7 +59,7 @@ def test_answers_come_back_in_order_and_only_to_whoever_sent_rows(exchanged):
     case, ranks = exchanged
     for source in range(SENDERS):
         for target in ANSWERERS:
-            came = [one for one in ranks[source][0] if one[0] == target]
+            came = [one for one in ranks[source]["came"] if one[0] == target]
             asked = [message for message in messages_of(case, source, target) if len(message[0])]
             assert len(came) == len(asked)
             for (_, rows, counts, stops), (sent_rows, sent_counts) in zip(came, asked, strict=True):
@@ -69,11 +70,18 @@ def test_answers_come_back_in_order_and_only_to_whoever_sent_rows(exchanged):
 def test_a_stop_is_heard_once_from_every_sender_after_everything_else(exchanged):
     _, ranks = exchanged
     for target in ANSWERERS:
-        came = ranks[target][0]
+        came = ranks[target]["came"]
         assert [one[0] for one in came[-SENDERS:]] == list(range(SENDERS))
         for _, rows, counts, stops in came[-SENDERS:]:
             assert stops
             assert len(rows) == sum(counts) == 0
+
+
+def test_a_stop_leaves_no_buffer_behind_that_would_take_a_later_message(exchanged):
+    case, ranks = exchanged
+    for target in ANSWERERS:
+        sent = [message_of(case, source, target, LATER)[0] for source in range(SENDERS)]
+        assert list(map(torch.equal, ranks[target]["later"], sent)) == [True] * SENDERS
 
 
 def test_payload_is_counted_by_pair_without_headers_and_empty_messages(exchanged):
@@ -85,10 +93,10 @@ def test_payload_is_counted_by_pair_without_headers_and_empty_messages(exchanged
             payload = sum(one.numel() for one in rows) * element_bytes
             there = ("there", "send_receive", source, target, len(rows), payload)
             back = ("back", "send_receive", target, source, len(rows), payload)
-            assert [one for one in ranks[source][1] if one.peer == target] == [there]
-            assert [one for one in ranks[target][1] if one.peer == source] == [back]
+            assert [one for one in ranks[source]["sent"] if one.peer == target] == [there]
+            assert [one for one in ranks[target]["sent"] if one.peer == source] == [back]
     for found in ranks:
-        assert len(found[1]) == 2
+        assert len(found["sent"]) == 2
 
 
 @pytest.mark.parametrize("depth", [1, 3])
