@@ -57,12 +57,12 @@ class Timed(NamedTuple):
 
     seconds: list[float]
     """Of each iteration, after the first."""
-    attention_s: float
+    attention_s: list[float]
     """Of attention in one layer for one micro-batch and of adding up what experts returned for it
-    before, the median."""
-    expert_s: float
+    before, in all of these iterations."""
+    expert_s: list[float]
     """The same of the experts."""
-    outside_s: float
+    outside_s: list[float]
     """Of the lm_head, for one micro-batch."""
     spans: list[Span]
     """Of the last iteration, from its start."""
@@ -129,7 +129,7 @@ class _Side:
         self.world.all_reduce(torch.zeros(1), "start")
 
     def attend(self, phase: Phase) -> tuple[list[float], list[Span], float]:
-        """The attention side of a phase: seconds, spans of the last iteration, its start."""
+        """The attention side of a phase: seconds, spans, and the start of the last iteration."""
         assert self.transformer is not None
         layout = self.layout(phase.num_micro_batches, phase.tokens)
         rank = AttentionRank(self.transformer, layout, 0, self.world, phase.link)
@@ -137,9 +137,8 @@ class _Side:
         self.transformer.warm_up([phase.tokens], [phase.tokens])
         self.meet()
         seconds: list[float] = []
-        begin = 0.0
+        rank.keeps_spans, begin = True, 0.0
         for number in range(phase.iterations):
-            rank.keeps_spans, rank.spans = True, []
             begin = time.perf_counter()
             for logits in rank.forward(parts, cache, float(number)):
                 assert logits is not None
@@ -155,8 +154,7 @@ class _Side:
         rank.keeps_spans = True
         self.meet()
         rank.serve()
-        each = len(rank.spans) // phase.iterations
-        return [], rank.spans[-each:], 0.0
+        return [], rank.spans, 0.0
 
 
 def decoding(model: Transformer, phase: Phase) -> tuple[list[list[Chunk]], Any]:
@@ -237,16 +235,16 @@ def _per_call_s(work: Any) -> float:
 def _timed(phase: Phase, attention: Any, experts: Any) -> Timed:
     seconds, ours, begin = attention
     _, theirs, _ = experts
+    ours, theirs = (spans[len(spans) // phase.iterations :] for spans in (ours, theirs))
 
-    def median_s(spans: Sequence[Span], begins: str) -> float:
-        return statistics.median(
-            end - start for _, operation, start, end, _ in spans if operation.startswith(begins)
-        )
+    def took_s(spans: Sequence[Span], begins: str) -> list[float]:
+        return [end - start for _, what, start, end, _ in spans if what.startswith(begins)]
 
+    layers, sums = took_s(ours, "layer"), took_s(ours, "combine")
     return Timed(
-        seconds[1:], median_s(ours, "layer") + median_s(ours, "combine"), median_s(theirs, ""),
-        median_s(ours, "lm_head"), [
+        seconds[1:], [sum(pair) for pair in zip(layers, sums, strict=True)], took_s(theirs, ""),
+        took_s(ours, "lm_head"), [
             (resource, operation, start - begin, end - begin, at)
-            for resource, operation, start, end, at in (*ours, *theirs)
+            for resource, operation, start, end, at in (*ours, *theirs) if start >= begin
         ],
     )  # fmt: skip

@@ -31,11 +31,16 @@ SHARES = (0.10, 0.28, 0.38)
 """T_c / T_f of the emulated links: those of figure 14."""
 CALIBRATED_SHARE = 0.20
 """Of the emulated link that the calibration knows."""
-ITERATIONS, TOGETHER_ROUNDS = 10, 5
+ITERATIONS, TOGETHER_ROUNDS = 14, 5
 ACCEPT_KEYS = ("speed_up_error", "iteration_error")
 """What a study may name under `accept`."""
 LAYERS = int(str(TIMED_CONFIG["num_hidden_layers"]))
 NATIVE = "native"
+
+
+DRAWS = 30
+"""Iterations that are simulated for one prediction, each with times drawn anew; their median."""
+ONE: Floats = np.ones(1)
 
 
 class Stages(NamedTuple):
@@ -47,9 +52,14 @@ class Stages(NamedTuple):
     native_s: float
     """One way over the link that there is."""
     late_s: float
-    """By how much a delivery over an emulated link is later than it should be."""
+    """What a transfer over an emulated link takes beside what it should. Its time begins when the
+    rows are handed in, shortly before attention or experts are done: it may be negative."""
     busy: Busy
     """How much two busy ranks slow each other down."""
+    attention_ratios: Floats = ONE
+    """By how much attention of a layer differs from its mean, equally likely."""
+    expert_ratios: Floats = ONE
+    """The same of experts."""
 
     @property
     def compute_s(self) -> float:
@@ -120,9 +130,16 @@ def calibrate(timings: Sequence[Timed], known: Stages | None, busy: Busy) -> Sta
     if known is not None:
         late_s = way_s(timings[-1]) - known.compute_s * CALIBRATED_SHARE
     return Stages(
-        at_tokens(lambda one: one.attention_s), at_tokens(lambda one: one.expert_s),
-        at_tokens(lambda one: one.outside_s), at_tokens(way_s), late_s, busy,
+        at_tokens(lambda one: float(np.mean(one.attention_s))),
+        at_tokens(lambda one: float(np.mean(one.expert_s))),
+        at_tokens(lambda one: float(np.mean(one.outside_s))),
+        at_tokens(way_s), late_s, busy,
+        _ratios([one.attention_s for one in plain]), _ratios([one.expert_s for one in plain]),
     )  # fmt: skip
+
+
+def _ratios(samples: Sequence[Sequence[float]]) -> Floats:
+    return np.concatenate([np.array(one) / np.mean(one) for one in samples])
 
 
 def _busy() -> Busy:
@@ -131,8 +148,9 @@ def _busy() -> Busy:
 
 def way_s(timed: Timed) -> float:
     """One way, from an iteration of one micro-batch: what attention and experts leave of it."""
-    working_s = LAYERS * (timed.attention_s + timed.expert_s) + timed.outside_s
-    return max(float(np.median(timed.seconds)) - working_s, 0.0) / (2 * LAYERS)
+    working_s = LAYERS * (np.mean(timed.attention_s) + np.mean(timed.expert_s))
+    rest_s = float(np.mean(timed.seconds) - working_s - np.mean(timed.outside_s))
+    return max(rest_s, 0.0) / (2 * LAYERS)
 
 
 def link_of(seconds: float, tokens: int) -> EmulatedLink:
@@ -156,19 +174,29 @@ def _pass(first: Stages) -> Repeat:
 
 
 def predicted_s(repeat: Repeat, name: str, count: int) -> float:
-    """Seconds of an iteration, simulated."""
-    return iteration_s(predicted_times(repeat, name, count))
+    """Seconds of an iteration: the median of several simulated ones."""
+    draws = range(DRAWS if len(repeat.stages.attention_ratios) > 1 else 1)
+    return float(np.median([iteration_s(predicted_times(repeat, name, count, at)) for at in draws]))
 
 
-def predicted_times(repeat: Repeat, name: str, count: int) -> StageTimes:
-    """Of every station."""
+def predicted_times(repeat: Repeat, name: str, count: int, draw: int = 0) -> StageTimes:
+    """Of every station, in which no layer takes quite what another does.
+
+    Where each side waits for the other, the slower of both counts in every turn: what varies adds
+    up, although its mean does not change.
+    """
     stages = repeat.stages
     transfer_s = stages.native_s
     if name != NATIVE:
         transfer_s = repeat.nominal[name] + stages.late_s
     alone = StageSeconds(stages.attention_s, stages.expert_s, transfer_s)
-    both = side_by_side(alone, stages.busy, count)
-    return StageTimes.alike(*both, (LAYERS, count), stages.outside_s)
+    sizes = (LAYERS, count)
+    times = StageTimes.alike(*side_by_side(alone, stages.busy, count), sizes, stages.outside_s)
+    stream = np.random.default_rng((draw, count))
+    return times._replace(
+        attention_s=times.attention_s * stream.choice(stages.attention_ratios, sizes),
+        expert_s=times.expert_s * stream.choice(stages.expert_ratios, sizes),
+    )
 
 
 def side_by_side(stages: StageSeconds, busy: Busy, count: int) -> StageSeconds:
@@ -259,8 +287,8 @@ def _machine_line(repeats: Sequence[Repeat]) -> Line:
     parts = np.median([one[:5] for one in stages], axis=0) * 1e3
     note = (
         f"a layer takes {parts[0]:.2f} ms on attention and {parts[1]:.2f} ms on experts, a native "
-        f"transfer {parts[3]:.2f} ms, lm_head {parts[2]:.2f} ms; deliveries over emulated links "
-        f"are {parts[4]:.2f} ms late"
+        f"transfer {parts[3]:.2f} ms, lm_head {parts[2]:.2f} ms; one over an emulated link takes "
+        f"{parts[4]:+.2f} ms beside what it should"
     )
     return Line(
         question="time", metric="two busy ranks slow each other down", simulated="",

@@ -89,7 +89,7 @@ def as_predicted(stages, off=1.0):
     for name in (NATIVE, *empty.nominal):
         for count in COUNTS:
             seconds = experts_time.predicted_s(empty, name, count) * (off if count > 1 else 1.0)
-            measured[name, count] = Timed([seconds] * 4, 0.0, 0.0, 0.0, [])
+            measured[name, count] = Timed([seconds] * 4, [0.0], [0.0], [0.0], [])
     return empty._replace(measured=measured)
 
 
@@ -108,13 +108,31 @@ def test_what_is_as_predicted_passes_and_what_is_a_fifth_slower_misses():
 def test_stages_are_interpolated_to_a_size_that_was_not_timed():
     assert experts_time.TOKENS not in experts_time.CALIBRATED
     timings = [
-        Timed([LAYERS * (3e-4 * size + 2e-4) + 1e-3] * 3, 1e-4 * size, 2e-4 * size, 1e-3, [])
+        Timed(
+            [LAYERS * (3e-4 * size + 2e-4) + 1e-3] * 3,
+            [1e-4 * size] * 2,
+            [1e-4 * size, 3e-4 * size],
+            [1e-3],
+            [],
+        )
         for size in experts_time.CALIBRATED
     ]
     found = experts_time.calibrate(timings, None, Busy(1.0, 1.0))
     assert found.attention_s == pytest.approx(1e-4 * experts_time.TOKENS)
     assert found.expert_s == pytest.approx(2e-4 * experts_time.TOKENS)
     assert found.native_s == pytest.approx(1e-4)
+    assert found.attention_ratios == pytest.approx(1.0)
+    assert found.expert_ratios.reshape(-1, 2) == pytest.approx(np.array([[0.5, 1.5]] * 4))
+
+
+def test_what_varies_makes_iterations_longer_only_where_sides_wait_for_each_other():
+    varied = STAGES._replace(attention_ratios=np.array([0.5, 1.5]))
+    plain, other = (as_predicted(one) for one in (STAGES, varied))
+    for count, longer in ((1, 1.0), (2, 1.05)):
+        ratio = experts_time.predicted_s(other, NATIVE, count) / experts_time.predicted_s(
+            plain, NATIVE, count
+        )
+        assert ratio == pytest.approx(1.0, abs=0.05) if longer == 1.0 else ratio > longer
 
 
 def test_ranks_slow_each_other_only_while_both_work():
