@@ -9,6 +9,7 @@ from sim.costs.fitted import Fitted
 from sim.costs.kernel_cost import KernelCost
 from sim.costs.roofline import RooflineKernels
 from sim.costs.seconds import NOTHING
+from sim.expert_setup import EvenCost
 from sim.models.work import IterationShape
 from sim.trace import Trace
 
@@ -28,17 +29,19 @@ def cost_shares(cost: IterationCost, traces: Sequence[Trace]) -> dict[str, float
     if isinstance(cost, Fitted):
         return _fitted_shares(cost, traces)
     if isinstance(cost, KernelCost):
+        if isinstance(cost.kernels, RooflineKernels):
+            return {NAMES["datasheet"]: 1.0}
+        return _kernel_shares(cost, traces)
+    if isinstance(cost, EvenCost):
         return _kernel_shares(cost, traces)
     return {NAMES["datasheet"]: 1.0}
 
 
-def _kernel_shares(cost: KernelCost, traces: Sequence[Trace]) -> dict[str, float]:
+def _kernel_shares(cost: KernelCost | EvenCost, traces: Sequence[Trace]) -> dict[str, float]:
     """Parts without a share are left out. A decode stretch is judged by its middle iteration.
 
     Of a long run every n-th decision is asked: the shares of thousands say those of all.
     """
-    if isinstance(cost.kernels, RooflineKernels):
-        return {NAMES["datasheet"]: 1.0}
     spent = NOTHING
     for trace in traces:
         decisions = trace.decisions

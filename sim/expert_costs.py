@@ -9,8 +9,10 @@ from numpy.typing import ArrayLike, NDArray
 from hardware_models.schema import Cluster, Node
 from sim.costs.alpha_beta import Hop
 from sim.costs.expert_exchange import exchange_s, node_port
+from sim.costs.expert_kernels import Tables
 from sim.costs.expert_nodes import AttentionNode, ElementTypes, ExpertNode, Reach, one_layer
 from sim.costs.link_collectives import LinkCollectives
+from sim.costs.seconds import Seconds
 from sim.models.architecture import Architecture
 from sim.models.work import IterationShape
 from sim.policies.parallel_plan.base import Deployment, Part
@@ -26,7 +28,7 @@ class DeploymentCosts:
 
     def __init__(
         self, architecture: Architecture, nodes: Mapping[str, Node], types: ElementTypes, *,
-        ideal: bool = False,
+        ideal: bool = False, tables: Tables | None = None,
     ) -> None:  # fmt: skip
         """Take over a model and the machines that a plan may use.
 
@@ -35,13 +37,14 @@ class DeploymentCosts:
             nodes: by the name of their GPU.
             types: of weights, activations and KV.
             ideal: see `Reach`.
+            tables: see `Reach`.
 
         Raises:
             ValueError: the model has layers without experts.
         """
         one_layer(architecture)  # refuses what no node could be made of
         self.architecture, self._nodes, self.types = architecture, nodes, types
-        self.ideal = ideal
+        self.ideal, self.tables = ideal, tables
         self.token_bytes = architecture.hidden_size * types.dtype_bytes
         """Of one row that is sent to an expert, or comes back."""
         # A search asks the same again and again; a node is the same whatever its number of copies.
@@ -73,6 +76,22 @@ class DeploymentCosts:
         matrix = np.full((attention.num_nodes, experts.num_nodes), sent)
         expert_s = self._expert_s(experts[:2], True, rows, each)
         return StageSeconds(attention_s, expert_s, self.exchange_s(deployment, matrix))
+
+    def sources(self, deployment: Deployment, node_tokens: int, context_tokens: float) -> Seconds:
+        """Of a micro-batch in one layer on all stations, split by what it rests on."""
+        attention, experts, _ = deployment
+        a, apart = self.architecture, experts is not None
+        context = node_tokens * context_tokens
+        node = self.attention_node(attention[:2], apart)
+        rows = node_tokens * attention.num_nodes * a.experts_per_token / a.num_experts
+        part = expert_part(deployment, a.num_experts)
+        each = [rows] * (a.num_experts // part.num_nodes)
+        transfer_s = self.stages(deployment, node_tokens, context_tokens).transfer_s
+        return (
+            node.layer(decodes(node_tokens, context))
+            .plus(self.expert_node(part[:2], apart).layer(each))
+            .plus(Seconds(datasheet=2 * float(transfer_s)))
+        )
 
     def outside_s(self, deployment: Deployment, node_tokens: int) -> float:
         """See `PlanEstimator`."""
@@ -140,11 +159,11 @@ class DeploymentCosts:
         return self.expert_node(gpus, fused).layer_s([rows / hit] * hit) if hit else 0.0
 
     def _attention_node(self, gpus: Gpus, fused: bool) -> AttentionNode:
-        node, reach = self._nodes[gpus[0]], Reach(self.ideal, fused)
+        node, reach = self._nodes[gpus[0]], Reach(self.ideal, fused, self.tables)
         return AttentionNode(self.architecture, node, gpus[1], self.types, reach)
 
     def _expert_node(self, gpus: Gpus, fused: bool) -> ExpertNode:
-        node, reach = self._nodes[gpus[0]], Reach(self.ideal, fused)
+        node, reach = self._nodes[gpus[0]], Reach(self.ideal, fused, self.tables)
         return ExpertNode(self.architecture, node, gpus[1], self.types, reach)
 
     def _port(self, gpus: Gpus) -> Hop:

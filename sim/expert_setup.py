@@ -8,6 +8,7 @@ import numpy as np
 from hardware_models.parts import load_node
 from hardware_models.schema import Gpu, Node
 from sim.costs.expert_nodes import ElementTypes
+from sim.costs.seconds import Seconds
 from sim.engine import ReplicaLimits
 from sim.expert_costs import DeploymentCosts, expert_part
 from sim.experts import Experts, Loads, PlanCost
@@ -93,6 +94,13 @@ class EvenCost:
             for one in contexts
         ]
 
+    def sources(self, shape: IterationShape) -> Seconds:
+        """What a micro-batch of a node's decodes rests on, over all stations."""
+        deployment = self._setup.deployment
+        tokens = max(-(-shape.tokens // deployment.num_micro_batches), 1)
+        context = (shape.decode_context + shape.prefill_context) / max(shape.tokens, 1)
+        return self._setup.costs.sources(deployment, tokens, max(context, 1.0))
+
     def sampled_s(self, positions: int) -> float:
         """Seconds outside of the layers for so many tokens on one node."""
         return self._setup.costs.outside_s(self._setup.plan.deployment, positions)
@@ -115,8 +123,14 @@ def prepare_experts(scenario: Scenario, architecture: Architecture, max_tokens: 
     holding = _nodes(scenario, experts.expert_nodes) if experts.expert_nodes else attention
     nodes = _by_gpu([*attention, *holding])
     dtype = scenario.model.dtype
-    types = ElementTypes(dtype.value, dtype.num_bytes, scenario.model.cache_dtype.num_bytes)
-    costs = DeploymentCosts(architecture, nodes, types)
+    types = ElementTypes(
+        dtype.value, dtype.num_bytes, scenario.model.cache_dtype.num_bytes,
+        scenario.model.cache_dtype.value,
+    )  # fmt: skip
+    tables = None
+    if scenario.cost is CostFamily.profiled:
+        tables = (scenario.engine.framework, scenario.engine.framework_version)
+    costs = DeploymentCosts(architecture, nodes, types, tables=tables)
     view = PlanView(
         sizes_of(architecture, types),
         tuple(gpu_type(node, architecture, experts) for node in attention),
@@ -302,7 +316,9 @@ def _refuse_others(scenario: Scenario) -> None:
     """
     engine, plan = scenario.engine, scenario.policy.instance_plan
     refused = [
-        (scenario.cost is not CostFamily.roofline, f"cost={scenario.cost.value}", "cost=roofline"),
+        (scenario.cost is CostFamily.fitted, "cost=fitted", "cost=roofline or profiled"),
+        (scenario.cost_tables is not None, f"cost_tables={scenario.cost_tables}",
+         "cost_tables=null"),
         (scenario.num_replicas > 1, f"num_replicas={scenario.num_replicas}", "num_replicas=1"),
         (scenario.tp_size > 1, f"tp_size={scenario.tp_size}", "tp_size=1"),
         (scenario.pp_size > 1, f"pp_size={scenario.pp_size}", "pp_size=1"),

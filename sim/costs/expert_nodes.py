@@ -6,14 +6,17 @@ reading KV, and what the GPUs of a node exchange among themselves.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import NamedTuple
 
 from hardware_models.schema import Gpu, Node
+from sim.costs.expert_kernels import DatasheetKernels, NodeKernels, TableKernels, Tables
 from sim.costs.kernel_model import KernelModel
 from sim.costs.link_collectives import LinkCollectives
 from sim.costs.roofline import RooflineKernels
+from sim.costs.seconds import NOTHING, Seconds
 from sim.models.architecture import Architecture
-from sim.models.operators import Linear, layer_linears
+from sim.models.operators import layer_linears
 from sim.models.parallel import tensor_part
 from sim.models.work import IterationShape
 
@@ -27,6 +30,7 @@ class ElementTypes(NamedTuple):
     dtype: str
     dtype_bytes: int
     kv_dtype_bytes: int
+    kv_dtype: str = "bf16"
 
 
 class Reach(NamedTuple):
@@ -37,6 +41,8 @@ class Reach(NamedTuple):
     fused: bool = True
     """Exchanges inside a node happen behind the products that they feed or follow, as with Flux
     (arXiv 2406.06858), which MegaScale-Infer uses; false: before and after them."""
+    tables: Tables | None = None
+    """Whose measured kernels are taken; None: the datasheet's roofline."""
 
 
 def one_layer(architecture: Architecture) -> Architecture:
@@ -73,35 +79,35 @@ class _NodeGpus:
         model = KernelModel.of(gpu, bytes_per_s, types.dtype)
         if reach.ideal:
             model = KernelModel.ideal(model.flops_per_s, bytes_per_s)
-        self._reach = reach
-        self.kernels = RooflineKernels(
+        self._reach, self.rank = reach, rank
+        self.roofline = RooflineKernels(
             rank, model, dtype_bytes=types.dtype_bytes, kv_dtype_bytes=types.kv_dtype_bytes
         )
+        self.kernels: NodeKernels = DatasheetKernels(self.roofline)
+        if reach.tables is not None and not reach.ideal:
+            names = (types.dtype, types.kv_dtype)
+            self.kernels = TableKernels(self.roofline, gpu, reach.tables, names, tp_size)
         self.hidden_bytes = architecture.hidden_size * types.dtype_bytes
         self.tp_size = tp_size
         self._linears = {one.name: one for one in layer_linears(rank)}
         self._collectives = LinkCollectives(node)
 
-    def product_s(self, name: str, rows: float, groups: float = 1.0) -> float:
-        """Seconds of a matrix product of the layer, or of several in one launch.
+    def product(self, name: str, rows: float, groups: float = 1.0) -> Seconds:
+        """A matrix product of the layer, or several in one launch.
 
         Args:
             name: of the matrix.
             rows: of each product.
             groups: experts that are hit.
         """
-        linear = self._linears[name]
-        return self.kernels.model.product_s(
-            rows, linear.outputs, linear.inputs, self._moved_bytes(linear, rows, groups),
-            groups=groups,
-        )  # fmt: skip
+        return self.kernels.product(self._linears[name], rows, groups)
 
-    def elementwise_s(self, elements: float, count: int = 1) -> float:
-        """Seconds of kernels that touch so many elements each."""
+    def elementwise(self, elements: float, count: int = 1) -> Seconds:
+        """Kernels that touch so many elements each."""
         if self._reach.ideal:
-            return 0.0
-        num_bytes = elements * self.kernels.dtype_bytes
-        return count * self.kernels.model.elementwise_s(num_bytes)
+            return NOTHING
+        num_bytes = elements * self.roofline.dtype_bytes
+        return Seconds(datasheet=count * self.roofline.model.elementwise_s(num_bytes))
 
     def exchange_s(self, operation: str, rows: float) -> float:
         """Seconds in which the node's GPUs add up, gather or scatter hidden states."""
@@ -110,14 +116,12 @@ class _NodeGpus:
         payload = rows * self.hidden_bytes
         return self._collectives.seconds(operation, self.tp_size, payload).seconds
 
-    def fused_s(self, operation: str, rows: float, product_s: float) -> float:
-        """Seconds of a product and of the exchange before or after it, one behind the other."""
-        exchange_s = self.exchange_s(operation, rows)
-        return max(exchange_s, product_s) if self._reach.fused else exchange_s + product_s
-
-    def _moved_bytes(self, linear: Linear, rows: float, groups: float) -> float:
-        elements = linear.parameters + rows * (linear.inputs + linear.outputs)
-        return groups * elements * self.kernels.dtype_bytes
+    def fused(self, operation: str, rows: float, product: Seconds) -> Seconds:
+        """A product and the exchange before or after it, one behind the other where fused."""
+        exchange = Seconds(datasheet=self.exchange_s(operation, rows))
+        if self._reach.fused:
+            return max(product, exchange, key=lambda one: one.total)
+        return product.plus(exchange)
 
 
 class AttentionNode:
@@ -144,32 +148,31 @@ class AttentionNode:
 
     def layer_s(self, shape: IterationShape) -> float:
         """Seconds of one layer for a micro-batch."""
-        tokens, gpus = shape.tokens, self._gpus
+        return self.layer(shape).total
+
+    def layer(self, shape: IterationShape) -> Seconds:
+        """The same, split by what it rests on."""
+        tokens, gpus, a = shape.tokens, self._gpus, self._gpus.rank
         if not tokens:
-            return 0.0
-        a, kernels = gpus.kernels.architecture, gpus.kernels
-        attention_s = kernels.prompt_attention(shape).total if shape.prefill_tokens else 0.0
-        if not shape.prefill_tokens:
-            attention_s = kernels.decodes_s(shape.num_decodes, shape.decode_context)
+            return NOTHING
         moved = tokens * (8 * a.hidden_size + 2 * (a.query_size + 2 * a.kv_size))
-        return (
-            gpus.fused_s("all_gather", tokens, gpus.product_s("qkv_projection", tokens))
-            + attention_s
-            + gpus.fused_s("reduce_scatter", tokens, gpus.product_s("output_projection", tokens))
-            + gpus.product_s("router", tokens)
-            + gpus.elementwise_s(moved / ATTENTION_ELEMENTWISE, ATTENTION_ELEMENTWISE)
-            + gpus.elementwise_s((self._top_k + 1) * tokens * a.hidden_size)
+        parts = (
+            gpus.fused("all_gather", tokens, gpus.product("qkv_projection", tokens)),
+            gpus.kernels.attention(shape),
+            gpus.fused("reduce_scatter", tokens, gpus.product("output_projection", tokens)),
+            gpus.product("router", tokens),
+            gpus.elementwise(moved / ATTENTION_ELEMENTWISE, ATTENTION_ELEMENTWISE),
+            gpus.elementwise((self._top_k + 1) * tokens * a.hidden_size),
         )
+        return reduce(Seconds.plus, parts)
 
     def outside_s(self, tokens: int, sampled: int) -> float:
         """Seconds of embedding, lm_head and sampling."""
         if not sampled:
             return 0.0
-        kernels, gpus = self._gpus.kernels, self._gpus
-        return (
-            gpus.elementwise_s(2 * tokens * kernels.architecture.hidden_size)
-            + kernels.sampled(sampled).total
-        )
+        gpus = self._gpus
+        embedding = gpus.elementwise(2 * tokens * gpus.rank.hidden_size)
+        return embedding.plus(gpus.kernels.sampled(sampled)).total
 
 
 class ExpertNode:
@@ -191,16 +194,19 @@ class ExpertNode:
         Args:
             rows: that each of the node's experts got.
         """
+        return self.layer(rows).total
+
+    def layer(self, rows: Sequence[float]) -> Seconds:
+        """The same, split by what it rests on."""
         hit = [one for one in rows if one > 0]
         if not hit:
-            return 0.0
+            return NOTHING
         total, groups = sum(hit), len(hit)
         gpus = self._gpus
-        into_s = gpus.product_s("expert_gate_up", total / groups, groups)
-        out_s = gpus.product_s("expert_down", total / groups, groups)
-        return gpus.fused_s("all_gather", total, into_s) + gpus.fused_s(
-            "reduce_scatter", total, out_s
-        )
+        into = gpus.product("expert_gate_up", total / groups, groups)
+        out = gpus.product("expert_down", total / groups, groups)
+        gathered = gpus.fused("all_gather", total, into)
+        return gathered.plus(gpus.fused("reduce_scatter", total, out))
 
 
 def _gpu_of(node: Node) -> Gpu:
