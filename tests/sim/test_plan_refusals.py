@@ -104,7 +104,8 @@ def test_settings_out_of_range_are_refused(rule: type, fields: dict, complaint: 
 @pytest.mark.parametrize(
     ("fields", "instead"),
     [
-        ({"cost": CostFamily.profiled}, "cost=profiled; take cost=roofline"),
+        ({"cost": CostFamily.fitted}, "cost=fitted; take cost=roofline or profiled"),
+        ({"cost": CostFamily.profiled, "cost_tables": "x"}, "take cost_tables=null"),
         ({"num_replicas": 2}, "num_replicas=2; take num_replicas=1"),
         ({"tp_size": 2}, "tp_size=2; take tp_size=1"),
         ({"pp_size": 2}, "pp_size=2; take pp_size=1"),
