@@ -16,17 +16,17 @@ from torch import Tensor
 
 from backends.collectives import Collectives
 from backends.emulated_link import EmulatedLink
-from backends.expert_rank import Span
 from backends.experts import Mixture
 from backends.forward_batch import Chunk, ForwardBatch
 from backends.kernels.expert_combine import expert_combine
 from backends.kv_cache import PagedKVCache
-from backends.m2n import Channel
+from backends.m2n import COMBINE, DISPATCH, Channel
 from backends.operators import Operators
 from backends.pipeline_layout import Layout
 from backends.transformer import Transformer, synchronise
-from sim.dispatch_log import Dispatched, first_turn, noted
+from sim.dispatch_log import Dispatched, first_turn, listed
 from sim.engine import ReplicaLimits
+from sim.expert_rows import Span
 from sim.state.expert_dispatch import Dispatch, dispatch
 from sim.workload.token_routing.base import Tokens
 
@@ -81,10 +81,10 @@ class AttentionRank:
         """
         self.model, self._layout, self.node = model, layout, rank
         messages = layout.messages(model.config, model.dtype)
-        depth, device = layout.num_micro_batches, model.device
+        depth = layout.num_micro_batches
         peers = layout.expert_ranks
-        self._outward = [Channel(world, one, messages, depth, device, link) for one in peers]
-        self._inward = [Channel(world, one, messages, depth, device) for one in peers]
+        self._outward = [Channel(world, one, messages, depth, DISPATCH, link) for one in peers]
+        self._inward = [Channel(world, one, messages, depth, COMBINE) for one in peers]
         self.log: list[Dispatched] = []
         self.keeps_log = False
         self.routed: list[tuple[int, Tokens, np.ndarray]] = []
@@ -156,14 +156,17 @@ class AttentionRank:
             sent, positions.view(ids.shape).to(normed.device), routed.weights,
             order.to(normed.device),
         )  # fmt: skip
-        self._send(normed.index_select(0, flight.away.order // ids.shape[1]), sent)
+        index = flight.away.order // ids.shape[1]
+        parts = self._send(normed.index_select(0, index), sent)
         if self.keeps_log:
-            self.log += noted((instant_s, layer, at, self.node), flight.tokens, sent)
+            place = (instant_s, layer, at, self.node)
+            chosen = sent.slots.ravel()[order.numpy()]
+            self.log += listed(place, flight.tokens, index.cpu().numpy(), chosen, parts)
             self.routed.append((layer, flight.tokens, ids))
         self._span(f"layer {layer}", begin_s, at)
 
-    def _send(self, rows: Tensor, sent: Dispatch) -> None:
-        """To every expert rank its rows; those that get none hear of it."""
+    def _send(self, rows: Tensor, sent: Dispatch) -> list[int]:
+        """To every expert rank its rows, and how many each got; those that get none hear of it."""
         counts = sent.slot_rows.reshape(-1, self._slots).tolist()
         parts = rows.split(sent.node_rows.tolist())
         for channel, part, count in zip(self._outward, parts, counts, strict=True):
@@ -171,6 +174,7 @@ class AttentionRank:
         for channel, part in zip(self._inward, parts, strict=True):
             if len(part):
                 channel.post()
+        return [len(part) for part in parts]
 
     def _return(self, at: int, flight: InFlight) -> None:
         """Wait for what the experts made of a micro-batch, and add it up for each token."""

@@ -80,6 +80,8 @@ class Collectives:
         tally: Tally,
         device: torch.device | str = "cpu",
         link: EmulatedLink | None = None,
+        *,
+        two_ways: bool = False,
     ) -> None:
         """Make the group.
 
@@ -88,6 +90,9 @@ class Collectives:
             tally: counts the payload; the groups of a rank share one.
             device: of the tensors that will be sent, besides small ones on the CPU.
             link: delays every delivery as if the ranks were that far apart.
+            two_ways: for messages of `backends/m2n.py`, a group for either direction: NCCL keeps
+                those of two ranks in one queue, in which a rank that has sent several and one that
+                first answers would wait for each other.
 
         Raises:
             ValueError: ranks that repeat or are not in the run.
@@ -101,6 +106,10 @@ class Collectives:
         self.device = torch.device(device)
         everyone = self.ranks == tuple(range(world))
         self._group: Any = dist.group.WORLD if everyone else dist.new_group(list(ranks))
+        self.ways: tuple[Any, Any] = (self._group, self._group)
+        """Of both directions."""
+        if two_ways:
+            self.ways = (dist.new_group(list(ranks)), dist.new_group(list(ranks)))
         self._is_member = dist.get_rank() in self.ranks
         self.place = self.ranks.index(dist.get_rank()) if self._is_member else -1
         """This rank's place in the group; -1: it is in none."""

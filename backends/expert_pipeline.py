@@ -1,8 +1,9 @@
 """Attention ranks and expert ranks that serve requests together, for real.
 
 The twin of `sim/processes/expert_pipeline.py`. Every attention rank decides on its own batch, with
-its own KV; the first one's clock gives the instant of an iteration, and its end. Inside an
-iteration a rank waits for messages alone, never for a barrier.
+its own KV. The attention ranks agree on the instant of an iteration, the first one's, and on its
+end, when the last one has its tokens. Inside an iteration ranks wait for messages alone, never for
+a barrier, and expert ranks never do.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from backends.collectives import Collectives
 from backends.forward_batch import Begun, Chunk
 from backends.replica import Replica
 from backends.transformer import sample, synchronise
-from sim.expert_rows import BatchRow
 from sim.policies.micro_batching.base import MicroBatching, checked_split
 from sim.policies.routing.base import Routing, checked_choice
 from sim.recorder import Choice, RouteRecorder
@@ -107,7 +107,8 @@ class ExpertPipeline:
         while True:
             now_s = self._agreed(time.perf_counter() - start)
             self._router.route(feed, self._replica, now_s)
-            begun = self._replica.begin(now_s)
+            idle = not (self._replica.num_running or self._replica.waiting)
+            begun = None if idle else self._replica.begin(now_s)
             if not self._any(begun is not None):
                 if feed.wait(start):
                     continue
@@ -125,7 +126,7 @@ class ExpertPipeline:
     def _compute(self, begun: Begun | None, now_s: float) -> list[int]:
         """One iteration of this rank's batch, which may be empty; its tokens, in order."""
         chunks = [] if begun is None else begun.chunks
-        rows = [row_of(chunk) for chunk in chunks]
+        rows = [size_of(chunk) for chunk in chunks]
         split = checked_split(self._rule, rows, self._count)
         parts = [[chunks[at] for at in part] for part in split]
         replica = self._replica
@@ -174,7 +175,14 @@ class ExpertPipeline:
             )
 
 
-def row_of(chunk: Chunk) -> BatchRow:
-    """What a micro-batching rule sees of a chunk; one token of a prompt is like a decode to it."""
+class Size(NamedTuple):
+    """The `Row` of a chunk: all that a micro-batching rule sees."""
+
+    tokens: int
+    context_tokens: int
+
+
+def size_of(chunk: Chunk) -> Size:
+    """What a chunk computes and reads."""
     tokens = len(chunk.token_ids)
-    return BatchRow(chunk.request_id, tokens, chunk.start + tokens, chunk.sample, tokens == 1)
+    return Size(tokens, chunk.start + tokens)

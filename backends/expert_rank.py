@@ -11,16 +11,13 @@ from torch import Tensor
 from backends.collectives import Collectives
 from backends.emulated_link import EmulatedLink
 from backends.experts import Experts
-from backends.m2n import Channel, Delivery
+from backends.m2n import COMBINE, DISPATCH, Channel, Delivery
 from backends.pipeline_layout import Layout
 from backends.placing import Placer
 from backends.transformer import synchronise
 from backends.weights import Model
+from sim.expert_rows import Span
 from sim.models.architecture import Architecture
-
-Span = tuple[str, str, float, float, int]
-"""(resource, operation, start, end, micro-batch) on the clock that all ranks of a machine share."""
-
 
 WARM_ROWS = 64
 """Rows of an expert up to which every number is computed once before the start."""
@@ -44,12 +41,12 @@ class ExpertRank:
             link: delays what is sent.
         """
         self.layers, self._layout, self._device = layers, layout, world.device
-        self.node, device = rank - layout.num_attention, world.device
+        self.node = rank - layout.num_attention
         messages = layout.messages(config, torch.float32)
         depth = layout.num_micro_batches
         sources = range(layout.num_attention)
-        self._inward = [Channel(world, one, messages, depth, device) for one in sources]
-        self._outward = [Channel(world, one, messages, depth, device, link) for one in sources]
+        self._inward = [Channel(world, one, messages, depth, DISPATCH) for one in sources]
+        self._outward = [Channel(world, one, messages, depth, COMBINE, link) for one in sources]
         self._hidden = config.hidden_size
         self.spans: list[Span] = []
         self.keeps_spans = False
@@ -57,11 +54,11 @@ class ExpertRank:
     def warm_up(self) -> None:
         """Compute once with as many rows as a small batch may bring."""
         width = self._hidden
-        for experts in self.layers:
-            for each in range(1, WARM_ROWS + 1):
-                counts = torch.full((len(experts.expert_ids),), each, dtype=torch.int32)
-                rows = torch.zeros(each * len(counts), width, device=self._device)
-                experts(rows, counts.to(self._device))
+        experts = self.layers[0]  # the shapes of the others are the same
+        for each in range(1, WARM_ROWS + 1):
+            counts = torch.full((len(experts.expert_ids),), each, dtype=torch.int32)
+            rows = torch.zeros(each * len(counts), width, device=self._device)
+            experts(rows, counts.to(self._device))
 
     def serve(self) -> None:
         """Serve iteration after iteration until all attention ranks stop."""

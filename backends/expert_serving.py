@@ -19,7 +19,7 @@ from backends.checkpoints import runnable_architecture
 from backends.collectives import Collectives, Sent, Tally
 from backends.emulated_link import EmulatedLink
 from backends.expert_pipeline import ExpertPipeline, NodeRouter, NodeServed
-from backends.expert_rank import ExpertRank, Span, experts_of_node
+from backends.expert_rank import ExpertRank, experts_of_node
 from backends.kv_cache import Corruption
 from backends.pipeline_layout import Layout
 from backends.ranks import require_ranks, run_ranks
@@ -30,6 +30,7 @@ from backends.transformer import Transformer
 from backends.weights import Model, load_model, random_model, shipped_config
 from sim.dispatch_log import Dispatched
 from sim.engine import ReplicaLimits
+from sim.expert_rows import Span
 from sim.models.architecture import Architecture
 from sim.policies.batching.base import Batching
 from sim.policies.expert_balance.base import (
@@ -249,7 +250,7 @@ def _rank(rank: int, size: int, files: list[Path], pickled: bytes) -> _Returned:
     assert size == layout.size
     device = torch.device(run.device, rank) if run.device == "cuda" else torch.device("cpu")
     tally = Tally(rank)
-    world = Collectives(range(size), tally, device)
+    world = Collectives(range(size), tally, device, two_ways=True)
     control = Collectives(range(run.num_attention), Tally(rank))
     if rank >= run.num_attention:
         node = rank - run.num_attention

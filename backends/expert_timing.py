@@ -19,7 +19,7 @@ import torch
 from backends.attention_rank import AttentionRank
 from backends.collectives import Collectives, Tally
 from backends.emulated_link import EmulatedLink
-from backends.expert_rank import ExpertRank, Span, experts_of_node
+from backends.expert_rank import ExpertRank, experts_of_node
 from backends.experts import Experts
 from backends.forward_batch import Chunk, ForwardBatch
 from backends.pipeline_layout import Layout
@@ -27,6 +27,7 @@ from backends.ranks import run_ranks
 from backends.serving import without_collections
 from backends.transformer import Transformer
 from backends.weights import random_model
+from sim.expert_rows import Span
 from sim.policies.expert_balance.base import BalanceView
 from sim.policies.expert_balance.static import Static
 
@@ -104,7 +105,7 @@ class _Side:
         self.rank = rank
         model = random_model(config)
         self.config = model.config
-        self.world = Collectives(range(2), Tally(rank))
+        self.world = Collectives(range(2), Tally(rank), two_ways=True)
         self.transformer: Transformer | None = None
         self.experts: list[Experts] = []
         layout = self.layout(1, 1)

@@ -63,12 +63,16 @@ class Delivery(NamedTuple):
     stops: bool
 
 
+DISPATCH, COMBINE = 0, 1
+"""The two directions. Each has a group of its own, see `Collectives`."""
+
+
 class Channel:
     """One direction between this rank and another, with a buffer for every message under way."""
 
     def __init__(
-        self, world: Collectives, peer: int, layout: Format, depth: int,
-        device: torch.device | str, link: EmulatedLink | None = None,
+        self, world: Collectives, peer: int, layout: Format, depth: int, way: int,
+        link: EmulatedLink | None = None,
     ) -> None:  # fmt: skip
         """Register the buffers.
 
@@ -77,11 +81,11 @@ class Channel:
             peer: the other rank.
             layout: of the messages.
             depth: messages that may be under way at once.
-            device: of the rows.
+            way: `DISPATCH` or `COMBINE`.
             link: delays what is sent; None: nothing does.
         """
         self._world, self._peer, self._layout = world, peer, layout
-        self._device, self._link = torch.device(device), link
+        self._device, self._group, self._link = world.device, world.ways[way], link
         self._in_one = self._device.type == "cpu"
         size = layout.max_bytes if self._in_one else layout.header_bytes
         self._buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(depth)]
@@ -90,6 +94,7 @@ class Channel:
             torch.empty(shape, dtype=layout.dtype, device=self._device) for _ in range(depth)
         ]
         self._pending: list[Any] = [None] * depth
+        self._rows_pending: list[Any] = [None] * depth
         self._posted: deque[int] = deque()
         self._turn = 0
 
@@ -119,7 +124,7 @@ class Channel:
         """Make a buffer ready for the next message that comes."""
         at = self._turn
         self._turn = (at + 1) % len(self._buffers)
-        self._pending[at] = dist.irecv(self._buffers[at], src=self._peer)
+        self._pending[at] = dist.irecv(self._buffers[at], src=self._peer, group=self._group)
         self._posted.append(at)
 
     def receive(self) -> Delivery:
@@ -136,7 +141,7 @@ class Channel:
         else:
             rows = self._rows[at][:count]
             if count:
-                dist.recv(rows, src=self._peer)
+                dist.recv(rows, src=self._peer, group=self._group)
         EmulatedLink.deliver(rows, due_s)
         return Delivery(rows, counts, num_rows == STOP)
 
@@ -155,8 +160,9 @@ class Channel:
     def _put(self, rows: Tensor, num_rows: int, due_s: float, counts: Sequence[int]) -> None:
         at = self._turn
         self._turn = (at + 1) % len(self._buffers)
-        if self._pending[at] is not None:
-            self._pending[at].wait()  # gloo still reads from the buffer
+        for work in (self._pending[at], self._rows_pending[at]):
+            if work is not None:
+                work.wait()  # what was sent from these buffers is still read
         buffer, layout = self._buffers[at], self._layout
         header = buffer[: layout.header_bytes].view(torch.int64)
         header[0] = num_rows
@@ -167,11 +173,11 @@ class Channel:
             end += len(rows) * layout.row_bytes
             content = buffer[layout.header_bytes : end].view(layout.dtype)
             content.view(len(rows), layout.hidden).copy_(rows)
-        self._pending[at] = dist.isend(buffer[:end], dst=self._peer)
+        self._pending[at] = dist.isend(buffer[:end], dst=self._peer, group=self._group)
         if not self._in_one and len(rows):
             kept = self._rows[at][: len(rows)]
             kept.copy_(rows)
-            dist.isend(kept, dst=self._peer)
+            self._rows_pending[at] = dist.isend(kept, dst=self._peer, group=self._group)
 
     def _read(self, buffer: Tensor) -> tuple[int, float, list[int]]:
         words = buffer[: self._layout.header_bytes].view(torch.int64).tolist()

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from backends.collectives import Collectives, Sent, Tally
-from backends.m2n import Channel, Format, all_to_all_rows, padded_all_to_all_rows
+from backends.m2n import DISPATCH, Channel, Format, all_to_all_rows, padded_all_to_all_rows
 from backends.ranks import run_ranks
 from sim.provenance import commit, machine
 
@@ -146,7 +146,7 @@ def body_of(
     layout = Format(HIDDEN, torch.float32, 1, job.most_rows)
     sends = world.place < senders
     peers = range(senders, world.size) if sends else range(senders)
-    channels = {peer: Channel(world, peer, layout, 1, "cpu") for peer in peers}
+    channels = {peer: Channel(world, peer, layout, 1, DISPATCH) for peer in peers}
 
     def post() -> None:
         if not sends:

@@ -9,14 +9,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from scenarios.plot_style import STYLE, write
+from sim.expert_rows import Span
 from sim.processes.exact_time import ExactEnvironment
 from sim.processes.stations import STATIONS, Iteration, StageTimes, Visit
 
-Span = tuple[str, str, float, float, int]
-"""(resource, operation, start, end, micro-batch), seconds from the start of the iteration."""
 MICRO_BATCHES = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 """Paul Tol's bright scheme: told apart by colour-blind readers too."""
-ORDER = ("attention", "dispatch", "experts", "combine")
 SHOWN_LAYERS = 4
 """Of an iteration: enough to see the alternation, few enough to see its bars."""
 
@@ -83,7 +81,7 @@ def visited(times: StageTimes) -> list[Span]:
 def draw_pipeline(ax: Axes, spans: Sequence[Span]) -> None:
     """A row a resource, a colour a micro-batch, over milliseconds."""
     found = {span[0] for span in spans}
-    names = sorted(found, key=lambda name: (ORDER.index(name.split()[0]), name))
+    names = sorted(found, key=lambda name: (STATIONS.index(name.split()[0]), name))
     for resource, operation, start_s, end_s, micro_batch in spans:
         ax.barh(
             names.index(resource), (end_s - start_s) * 1e3, left=start_s * 1e3, height=0.72,

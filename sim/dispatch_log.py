@@ -62,12 +62,30 @@ def noted(place: tuple[float, int, int, int], tokens: Tokens, sent: Dispatch) ->
         tokens: of the micro-batch on that node.
         sent: where their choices go.
     """
+    owners, slots = sent.order // sent.slots.shape[1], sent.slots.ravel()[sent.order]
+    return listed(place, tokens, owners, slots, sent.node_rows.tolist())
+
+
+def listed(
+    place: tuple[float, int, int, int], tokens: Tokens, owners: NDArray[np.int64],
+    slots: NDArray[np.int64], counts: "list[int]",
+) -> "list[Dispatched]":  # fmt: skip
+    """The same of rows in the order in which they go.
+
+    Args:
+        place: as of `noted`.
+        tokens: of the micro-batch.
+        owners: whose row each one is, by its place in `tokens`.
+        slots: physical expert of each row.
+        counts: rows of each node, one node's after another's.
+    """
     found: list[Dispatched] = []
-    chosen = sent.slots.ravel()
-    for target, count in enumerate(sent.node_rows.tolist()):
+    ends = np.cumsum(counts).tolist()
+    for target, (count, end) in enumerate(zip(counts, ends, strict=True)):
         if count:
-            rows, owners = sent.rows_of(target), sent.tokens_of(target)
-            digest = digest_of(tokens.request_ids[owners], tokens.positions[owners], chosen[rows])
+            mine = slice(end - count, end)
+            own = owners[mine]
+            digest = digest_of(tokens.request_ids[own], tokens.positions[own], slots[mine])
             found.append(Dispatched(*place, target, count, digest))
     return found
 

@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hardware_models.schema import Cluster, Node
 from sim.costs.alpha_beta import Hop
-from sim.costs.expert_exchange import exchange_s, node_port
+from sim.costs.expert_exchange import exchange_s, fullest_ports_s, node_port
 from sim.costs.expert_kernels import Tables
 from sim.costs.expert_nodes import AttentionNode, ElementTypes, ExpertNode, Reach, one_layer
 from sim.costs.link_collectives import LinkCollectives
@@ -131,11 +131,9 @@ class DeploymentCosts:
             return expert_s, np.array(
                 [self._all_to_all_s(attention, max(even, one / part.tp_size)) for one in received]
             )
-        senders, receivers = self.ports(deployment)
         sent = most_tokens * self.architecture.experts_per_token * self.token_bytes
-        fullest_s = np.maximum(sent / senders.bytes_per_s, received / receivers.bytes_per_s)
-        latency_s = (senders.latency_s + receivers.latency_s) / 2
-        return expert_s, (latency_s + fullest_s if tokens else np.zeros(len(rows)))
+        way_s = fullest_ports_s(sent, received, *self.ports(deployment))
+        return expert_s, (way_s if tokens else np.zeros(len(rows)))
 
     def ports(self, deployment: Deployment) -> tuple[Hop, Hop]:
         """Of an attention node and of an expert node."""
@@ -145,7 +143,12 @@ class DeploymentCosts:
     def _all_to_all_s(self, part: Part, payload_bytes: float) -> float:
         """Seconds of an all-to-all in which the fullest GPU sends, or gets, so many bytes."""
         per_node = min(self._nodes[part.gpu].num_gpus, part.num_gpus)
-        num_nodes = part.num_gpus // per_node
+        num_nodes, rest = divmod(part.num_gpus, per_node)
+        if rest:
+            raise ValueError(
+                f"{part.num_gpus} GPUs with attention and experts do not fill nodes of {per_node} "
+                f"{part.gpu}; take a multiple of {per_node} for policy.parallel_plan.num_gpus"
+            )
         links = self._all_to_all(part.gpu, num_nodes)
         return links.seconds("all_to_all", part.num_gpus, payload_bytes, num_nodes).seconds
 

@@ -7,6 +7,9 @@ from sim.models.work import IterationShape
 from sim.policies.batching.base import Batch
 from sim.state.replica_state import ReplicaState
 
+Span = tuple[str, str, float, float, int]
+"""(resource, operation, start, end, micro-batch) of an iteration, seconds."""
+
 
 class BatchRow(NamedTuple):
     """What a request brings to an iteration; the `Row` that micro-batching rules see."""

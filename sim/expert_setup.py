@@ -119,7 +119,7 @@ def prepare_experts(scenario: Scenario, architecture: Architecture, max_tokens: 
     """
     _refuse_others(scenario)
     experts = scenario.experts
-    attention, holding = _nodes(scenario, experts.attention_nodes), None
+    attention = _nodes(scenario, experts.attention_nodes)
     holding = _nodes(scenario, experts.expert_nodes) if experts.expert_nodes else attention
     nodes = _by_gpu([*attention, *holding])
     dtype = scenario.model.dtype

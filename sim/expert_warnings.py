@@ -3,6 +3,8 @@
 from dataclasses import fields
 
 from sim.engine import Engine
+from sim.experts import PlanCost
+from sim.policies.parallel_plan.expert_plan_search import ExpertPlanSearch
 from sim.policies.routing.round_robin import RoundRobin
 from sim.scenario import Policies, Scenario
 from sim.setup import Setup
@@ -38,6 +40,13 @@ def plan_settings_without_effect(scenario: Scenario, setup: Setup) -> list[str]:
         found.append(
             f"policy/routing {type(routing).__name__} has no effect with one attention node; "
             "there is nothing to choose from"
+        )
+    if scenario.experts.plan_cost is not PlanCost.gpus and not isinstance(
+        scenario.policy.parallel_plan, ExpertPlanSearch
+    ):
+        found.append(
+            f"experts.plan_cost={scenario.experts.plan_cost.value} has no effect with a plan whose "
+            "sizes are given; take policy/parallel_plan=expert_plan_search"
         )
     if holding is None and scenario.experts.expert_nodes:
         found.append(

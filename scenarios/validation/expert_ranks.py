@@ -23,6 +23,7 @@ from scenarios.validation.numbers import all_at_once, judge_answers, number_line
 from scenarios.validation.options import Device, Fault, Options, Question
 from scenarios.validation.several_ranks import prompts_of
 from scenarios.validation.verdict import Line, not_run
+from sim.policies.expert_balance.static import Static
 
 if TYPE_CHECKING:
     from scenarios.validation.ask import ExpertRules, Plan
@@ -79,7 +80,7 @@ def answer(plan: Plan, rules: ExpertRules) -> tuple[list[Line], Mapping[str, Pip
 
 
 def _cases(plan: Plan, rules: ExpertRules) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each rule of a family with the last ones of the others."""
+    """Each rule of a family, with one of every other family."""
     last = {
         "batching": list(plan.policies.values())[-1],
         "micro_batching": list(rules.micro_batchings.values())[-1],
@@ -116,7 +117,7 @@ def _exact_run(options: Options, fields: dict[str, Any]) -> ExpertRun:
 def _with_replicas(run: ExpertRun, model: Model) -> ExpertRun:
     """With a slot to spare on every expert rank, where the rule makes something of it."""
     experts, ranks = model.config.num_experts, run.num_expert_ranks
-    if type(run.expert_balance).__name__ == "Static":
+    if isinstance(run.expert_balance, Static):
         return run
     loads = [[HOT] + [1.0] * (experts - 1)] * model.config.num_layers
     return replace(run, slots_per_node=experts // ranks + SPARE_SLOTS, loads=loads)

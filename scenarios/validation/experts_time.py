@@ -14,11 +14,11 @@ import numpy as np
 from rich.progress import Progress
 
 from backends.emulated_link import EmulatedLink
-from backends.expert_rank import Span
 from backends.expert_timing import TIMED_CONFIG, Busy, Phase, Timed, time_phases, time_together
 from scenarios.pipeline_plot import visited
 from scenarios.validation.intervals import Floats, two_stage
 from scenarios.validation.verdict import Line, Verdict, judge_error
+from sim.expert_rows import Span
 from sim.processes.stations import StageTimes, iteration_s
 from sim.state.ping_pong import StageSeconds
 
@@ -143,7 +143,7 @@ def _ratios(samples: Sequence[Sequence[float]]) -> Floats:
 
 
 def _busy() -> Busy:
-    return time_together(TOKENS, CONTEXT, TOGETHER_ROUNDS)
+    return time_together(CALIBRATED[1], CONTEXT, TOGETHER_ROUNDS)
 
 
 def way_s(timed: Timed) -> float:
@@ -224,6 +224,8 @@ def time_lines(repeats: Sequence[Repeat], accept: dict[str, float], seed: int) -
             ratios = [_iteration_ratios(one, name, count) for one in repeats]
             text = _milliseconds(repeats, name, count)
             what = f"{label}: iteration, m = {count}"
+            if count == 1:  # what the calibration says of other sizes, laid through this one
+                what += " (consistency check)"
             lines.append(_line(what, text, ratios, accept.get("iteration_error"), seed))
         for count in COUNTS[1:]:
             ratios = [_speed_up_ratios(one, name, count) for one in repeats]

@@ -5,7 +5,7 @@ node's tokens, every expert GPU receives its share of the expert's, each over it
 """
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from hardware_models.schema import Node
 from sim.costs.alpha_beta import Hop
@@ -41,8 +41,24 @@ def exchange_s(sent_bytes: ArrayLike, senders: Hop, receivers: Hop) -> float:
     sent = np.asarray(sent_bytes, np.float64)
     if not sent.any():
         return 0.0
+    fullest = (sent.sum(axis=1).max(), sent.sum(axis=0).max())
+    return float(fullest_ports_s(*fullest, senders, receivers))
+
+
+def fullest_ports_s(
+    sent_bytes: ArrayLike, received_bytes: ArrayLike, senders: Hop, receivers: Hop
+) -> NDArray[np.float64]:
+    """Seconds of exchanges whose fullest sender and receiver have so many bytes, one each.
+
+    Args:
+        sent_bytes: by the sender that has most.
+        received_bytes: by the receiver that gets most.
+        senders: the ports of a sender.
+        receivers: the ports of a receiver.
+    """
     latency_s = (senders.latency_s + receivers.latency_s) / 2
-    fullest_s = max(
-        sent.sum(axis=1).max() / senders.bytes_per_s, sent.sum(axis=0).max() / receivers.bytes_per_s
+    busy_s = np.maximum(
+        np.asarray(sent_bytes, np.float64) / senders.bytes_per_s,
+        np.asarray(received_bytes, np.float64) / receivers.bytes_per_s,
     )
-    return latency_s + float(fullest_s)
+    return latency_s + busy_s

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backends.collectives import Collectives, Tally
 from backends.emulated_link import EmulatedLink
-from backends.m2n import Channel, Format, all_to_all_rows, padded_all_to_all_rows
+from backends.m2n import COMBINE, DISPATCH, Channel, Format, all_to_all_rows, padded_all_to_all_rows
 
 LATER = (999, 9)
 """Turn of a message that follows when all others are over."""
@@ -59,8 +59,8 @@ def there_and_back(rank: int, size: int, case: Case) -> dict[str, object]:
     world = Collectives(range(size), tally)
     peers = range(case.senders, size) if rank < case.senders else range(case.senders)
     depth = case.micro_batches
-    out = {peer: Channel(world, peer, case.layout, depth, "cpu") for peer in peers}
-    back = {peer: Channel(world, peer, case.layout, depth, "cpu") for peer in peers}
+    out = {peer: Channel(world, peer, case.layout, depth, DISPATCH) for peer in peers}
+    back = {peer: Channel(world, peer, case.layout, depth, COMBINE) for peer in peers}
     came = _ask(rank, case, out, back) if rank < case.senders else _answer(case, out, back)
     for channel in (*out.values(), *back.values()):
         channel.drain()
@@ -68,7 +68,7 @@ def there_and_back(rank: int, size: int, case: Case) -> dict[str, object]:
     sent = tally.sent()
     later: list[Tensor] = []
     for peer in peers:
-        channel = Channel(world, peer, case.layout, 1, "cpu")
+        channel = Channel(world, peer, case.layout, 1, DISPATCH)
         if rank < case.senders:
             channel.send(*message_of(case, rank, peer, LATER), "later")
             channel.flush()
@@ -124,7 +124,7 @@ def _answer(case: Case, out: dict[int, Channel], back: dict[int, Channel]) -> li
 
 def one_way(rank: int, size: int, case: Case, depth: int) -> list[Tensor]:
     """Far more messages than buffers, to a rank that makes room for one at a time."""
-    channel = Channel(Collectives(range(size), Tally(rank)), 1 - rank, case.layout, depth, "cpu")
+    channel = Channel(Collectives(range(size), Tally(rank)), 1 - rank, case.layout, depth, DISPATCH)
     if rank == 0:
         for turn in case.turns():
             channel.send(*message_of(case, 0, 1, turn), "there")
@@ -145,7 +145,7 @@ def in_three_ways(rank: int, size: int, case: Case) -> dict[str, object]:
     world = Collectives(range(size), tally)
     sends = rank < case.senders
     peers = range(case.senders, size) if sends else range(case.senders)
-    channels = {peer: Channel(world, peer, case.layout, 1, "cpu") for peer in peers}
+    channels = {peer: Channel(world, peer, case.layout, 1, DISPATCH) for peer in peers}
     found: dict[str, list[Tensor]] = {"messages": [], "uneven": [], "padded": []}
     for turn in case.turns():
         given = [
@@ -190,7 +190,7 @@ def too_many_for_the_capacity(rank: int, size: int) -> str:
 def over_a_link(rank: int, size: int, case: Case, link: EmulatedLink) -> list[float]:
     """Instants before sending at the first rank, and of each delivery at the other."""
     world = Collectives(range(size), Tally(rank))
-    channel = Channel(world, 1 - rank, case.layout, case.rounds, "cpu", link)
+    channel = Channel(world, 1 - rank, case.layout, case.rounds, DISPATCH, link)
     rows = torch.ones(case.layout.max_rows, case.layout.hidden)
     if rank == 0:
         before_s = time.monotonic()

@@ -19,7 +19,7 @@ from sim.policies.expert_balance.static import Static
 from sim.policies.micro_batching.ping_pong import PingPong
 from sim.policies.parallel_plan._largest_batch import iteration_s as planned_s
 from sim.policies.parallel_plan.base import Deployment, Part, PlanView
-from sim.processes.expert_pace import ExpertLoads, ExpertPace
+from sim.processes.expert_pace import ExpertLoads, ExpertPace, drawn_rows
 from sim.processes.stations import StageTimes, iteration_s
 from sim.workload.token_routing.base import TokenRouting
 from sim.workload.token_routing.skewed import Skewed
@@ -119,11 +119,37 @@ def test_what_grows_by_a_straight_line_is_exact_between_known_states(context: in
     assert times[0] == pytest.approx(times[1], rel=1e-9)
 
 
-def test_the_largest_micro_batch_of_any_node_decides() -> None:
+def test_uneven_nodes_take_about_their_simulation_and_no_longer_than_full_ones() -> None:
     uneven = [batch([500] * 30), batch([500] * 9), batch([])]
-    assert KNOWN.all_nodes_s(0.0, uneven) == KNOWN.all_nodes_s(0.0, alike(10, 5000))
+    found_s = KNOWN.all_nodes_s(0.0, uneven)
     simulated_s = pace_of(watch=lambda now_s, times: None).all_nodes_s(0.0, uneven)
-    assert simulated_s < KNOWN.all_nodes_s(0.0, uneven)
+    assert simulated_s == pytest.approx(found_s, rel=0.01)
+    assert found_s <= KNOWN.all_nodes_s(0.0, alike(10, 5000))
+
+
+def test_micro_batches_without_requests_cost_nothing() -> None:
+    one = APART._replace(num_micro_batches=1)
+    for watch in (None, lambda now_s, times: None):
+        several = pace_of(watch=watch).all_nodes_s(0.0, [batch([500]), batch([]), batch([])])
+        alone = pace_of(one, watch=watch).all_nodes_s(
+            0.0, [batch([500], 1), batch([], 1), batch([], 1)]
+        )
+        assert several == pytest.approx(alone, rel=1e-12)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4, 8])
+def test_drawn_rows_vary_as_those_of_tokens_that_choose_distinct_experts(top_k: int) -> None:
+    experts, tokens = 8, 256
+    shares = np.full((1, experts), 1 / experts)
+    drawn = np.concatenate(
+        [drawn_rows(np.random.default_rng(seed), tokens, top_k, shares) for seed in range(4000)]
+    )
+    assert drawn.sum(axis=1) == pytest.approx(tokens * top_k)
+    assert drawn.max() <= tokens * (1 + 1e-9)
+    chance = top_k / experts
+    assert drawn.mean(axis=0) == pytest.approx(tokens * chance, rel=0.01)
+    wanted = tokens * chance * (1 - chance)
+    assert drawn.var(axis=0).mean() == pytest.approx(wanted, rel=0.03, abs=1e-9)
 
 
 @pytest.mark.parametrize("deployment", [APART, BESIDE], ids=["apart", "beside"])
@@ -156,7 +182,8 @@ def test_who_watches_sees_the_times_of_every_iteration(data: st.DataObject) -> N
         now_s, times = watched.times[-1]
         assert now_s == number
         assert end_s == now_s + 0.125 + iteration_s(times)
-        assert times.attention_s.shape == times.expert_s.shape == (DBRX.num_layers, 3)
+        filled = sum(any(one.parts[at] for one in batches) for at in range(3))
+        assert times.attention_s.shape == times.expert_s.shape == (DBRX.num_layers, filled)
         assert times.dispatch_s is times.combine_s
         node = COSTS.attention_node(("h20", 2), True)
         for at in range(3):
