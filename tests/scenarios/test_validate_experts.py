@@ -46,7 +46,7 @@ def test_decisions_bytes_and_numbers_are_asked_of_every_rule(diptych, workplace)
 @pytest.mark.slow
 def test_a_corrupted_cache_is_a_miss(diptych, workplace):
     code, content, _ = validate(
-        diptych, workplace, "only=[decisions,bytes]", "decision_requests=60", "corrupt=skip_free",
+        diptych, workplace, "only=[decisions,bytes]", "decision_requests=40", "corrupt=skip_free",
         "policy/micro_batching=ping_pong",
     )  # fmt: skip
     assert code == 1
@@ -60,13 +60,13 @@ def test_time_is_asked_of_every_link_and_number_of_micro_batches(diptych, workpl
     monkeypatch.setattr(experts_time, "COUNTS", (1, 3))
     monkeypatch.setattr(experts_time, "SHARES", (0.38,))
     _, content, said = validate(
-        diptych, workplace, "only=[time]", "repeats=1", "+accept.speed_up_error=0.1"
+        diptych, workplace, "only=[time]", "repeats=1", "accept.speed_up_error=0.2"
     )
     lines = {line["metric"]: line for line in content["lines"] if line["question"] == "time"}
     names = ["native link", "emulated link, T_c/T_f 0.38"]
     for name in names:
         assert f"{name}: iteration, m = 3" in lines
-        assert lines[f"{name}: speed-up of m = 3 over 1"]["accepted"] == 0.1
+        assert lines[f"{name}: speed-up of m = 3 over 1"]["accepted"] == 0.2
     assert "a layer takes" in lines["two busy ranks slow each other down"]["note"]
     assert (workplace / "found" / "timeline.png").read_bytes()[:4] == b"\x89PNG"
     assert "timeline.png" in said

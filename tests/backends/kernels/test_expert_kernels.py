@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from expert_cases import expert_weights, gate_case, in_wider_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import DTYPES, assert_near, few_examples
+from mixture_cases import expert_weights, gate_case, in_wider_rows
 
 from backends.kernels.expert_combine import expert_combine, expert_combine_reference
 from backends.kernels.expert_ffn import expert_ffn, expert_ffn_reference

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from expert_cases import expert_weights, gate_case, plain_expert, plain_routing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DTYPES, assert_near
+from mixture_cases import expert_weights, gate_case, plain_expert, plain_routing
 
 from backends.kernels.expert_combine import expert_combine_reference
 from backends.kernels.expert_ffn import expert_ffn_reference
