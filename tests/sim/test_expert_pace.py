@@ -182,16 +182,15 @@ def test_who_watches_sees_the_times_of_every_iteration(data: st.DataObject) -> N
         now_s, times = watched.times[-1]
         assert now_s == number
         assert end_s == now_s + 0.125 + iteration_s(times)
-        filled = sum(any(one.parts[at] for one in batches) for at in range(3))
-        assert times.attention_s.shape == times.expert_s.shape == (DBRX.num_layers, filled)
+        filled = [at for at in range(3) if any(one.parts[at] for one in batches)]
+        assert times.attention_s.shape == times.expert_s.shape == (DBRX.num_layers, len(filled))
         assert times.dispatch_s is times.combine_s
         node = COSTS.attention_node(("h20", 2), True)
-        for at in range(3):
+        for column, at in enumerate(filled):
             shapes = [one.shapes()[at] for one in batches]
-            assert (times.attention_s[:, at] == max(map(node.layer_s, shapes))).all()
-            empty = not any(shape.tokens for shape in shapes)
-            assert (times.expert_s[:, at] == 0).all() == empty
-            assert (times.dispatch_s[:, at] == 0).all() == empty
+            assert (times.attention_s[:, column] == max(map(node.layer_s, shapes))).all()
+            assert (times.expert_s[:, column] > 0).all()
+            assert (times.dispatch_s[:, column] > 0).all()
 
 
 def test_prompts_that_come_with_their_kv_are_one_more_token() -> None:
