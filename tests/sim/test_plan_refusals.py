@@ -69,7 +69,7 @@ def test_an_slo_that_no_plan_meets_says_by_how_much() -> None:
         (ExpertParallel(gpu="l40s"), r"policy.parallel_plan.gpu=l40s is none of"),
         (ExpertParallel(num_gpus=12, attention_tp=4), r"num_gpus=12 must divide num_experts=8"),
         (ExpertParallel(num_gpus=16, attention_tp=16), r"attention_tp=16 must be one of 1, 2, 4"),
-        (ExpertPlanSearch(attention_tp=[3]), r"there is no deployment to try; allow more sizes"),
+        (ExpertPlanSearch(attention_tp=[3]), r"must name a size into which the model and a node divide"),
     ],
 )  # fmt: skip
 def test_plans_that_do_not_divide_or_are_not_known_are_refused(
@@ -166,3 +166,9 @@ def test_a_gpu_whose_price_is_not_known_has_no_place_in_a_plan_by_price() -> Non
     machines = Experts(attention_nodes=["rtx_pro_6000_x8"], plan_cost=PlanCost.price)
     with pytest.raises(ValueError, match=r"plan_cost=price is not known of .*take another GPU"):
         prepare(placed(experts=machines))
+
+
+@pytest.mark.parametrize("key", ["attention_tp", "expert_tp"])
+def test_sizes_into_which_nothing_divides_are_refused_with_those_that_do(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"{key}=\[3\] must name a size .* there are: 1, 2, 4, 8"):
+        prepare(placed(ExpertPlanSearch(**{key: [3]})))

@@ -67,6 +67,8 @@ class ExpertPlanSearch(ParallelPlan):
 
     def plan(self, view: PlanView) -> Plan:
         """The best of all."""
+        _require_a_size("attention_tp", self.attention_tp, view.attention)
+        _require_a_size("expert_tp", self.expert_tp, view.experts)
         return best(self.tried(view), "policy/parallel_plan=expert_plan_search")
 
     def tried(self, view: PlanView) -> Iterator[Plan | Shortfall]:
@@ -93,6 +95,20 @@ class ExpertPlanSearch(ParallelPlan):
         """Numbers of attention nodes that keep both sides busy, as near as whole numbers come."""
         found = {balanced_nodes(view, one), *nodes_at_bound(view, one)}
         return sorted({min(max(count, 1), self.most_attention_nodes) for count in found})
+
+
+def _require_a_size(key: str, sizes: list[int], gpus: tuple[GpuType, ...]) -> None:
+    """Refuse sizes none of which can be tried.
+
+    Raises:
+        ValueError: says which can.
+    """
+    fitting = sorted({size for gpu in gpus for size in gpu.tp_sizes})
+    if not set(sizes) & set(fitting):
+        raise ValueError(
+            f"policy.parallel_plan.{key}={sizes} must name a size into which the model and a node "
+            f"divide; there are: {', '.join(map(str, fitting)) or 'none'}"
+        )
 
 
 def balanced_nodes(view: PlanView, deployment: Deployment) -> int:
