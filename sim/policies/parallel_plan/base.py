@@ -163,3 +163,17 @@ def known_gpu(wanted: str | None, choices: Iterable[GpuType], key: str) -> GpuTy
             "experts.expert_nodes"
         )
     return there[wanted]
+
+
+def require_size(key: str, size: int, gpu: GpuType) -> None:
+    """Refuse a size into which the model or a node does not divide.
+
+    Raises:
+        ValueError: says which sizes there are.
+    """
+    if size not in gpu.tp_sizes:
+        there = ", ".join(map(str, gpu.tp_sizes))
+        raise ValueError(
+            f"policy.parallel_plan.{key}={size} must be one of {there}, "
+            f"into which the model and a node of {gpu.name} divide"
+        )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sim.policies.parallel_plan._largest_batch import Shortfall, largest_batch, refuse
+from sim.policies.parallel_plan._largest_batch import best, largest_batch
 from sim.policies.parallel_plan.base import (
     Deployment,
     ParallelPlan,
@@ -10,6 +10,7 @@ from sim.policies.parallel_plan.base import (
     Plan,
     PlanView,
     known_gpu,
+    require_size,
 )
 
 
@@ -48,16 +49,8 @@ class Disaggregated(ParallelPlan):
         """The deployment itself, at its largest batch."""
         attention = known_gpu(self.attention_gpu, view.attention, "attention_gpu")
         experts = known_gpu(self.expert_gpu, view.experts, "expert_gpu")
-        for key, size, gpu in (
-            ("attention_tp", self.attention_tp, attention),
-            ("expert_tp", self.expert_tp, experts),
-        ):
-            if size not in gpu.tp_sizes:
-                raise ValueError(
-                    f"policy.parallel_plan.{key}={size} must be one of "
-                    f"{', '.join(map(str, gpu.tp_sizes))}, into which the model and a node of "
-                    f"{gpu.name} divide"
-                )
+        require_size("attention_tp", self.attention_tp, attention)
+        require_size("expert_tp", self.expert_tp, experts)
         nodes = self.num_expert_nodes or view.model.num_experts
         if view.model.num_experts % nodes:
             raise ValueError(
@@ -70,7 +63,4 @@ class Disaggregated(ParallelPlan):
             Part(experts.name, self.expert_tp, nodes),
             self.num_micro_batches,
         )
-        found = largest_batch(view, deployment)
-        if isinstance(found, Shortfall):
-            refuse([found], "policy/parallel_plan=disaggregated")
-        return found
+        return best([largest_batch(view, deployment)], "policy/parallel_plan=disaggregated")

@@ -6,7 +6,7 @@ and nothing overlaps.
 
 from dataclasses import dataclass
 
-from sim.policies.parallel_plan._largest_batch import Shortfall, largest_batch, refuse
+from sim.policies.parallel_plan._largest_batch import best, largest_batch
 from sim.policies.parallel_plan.base import (
     Deployment,
     ParallelPlan,
@@ -14,6 +14,7 @@ from sim.policies.parallel_plan.base import (
     Plan,
     PlanView,
     known_gpu,
+    require_size,
 )
 
 
@@ -52,14 +53,7 @@ class ExpertParallel(ParallelPlan):
                 f"policy.parallel_plan.num_gpus={self.num_gpus} must divide num_experts="
                 f"{view.model.num_experts} or be a multiple of it, so that every GPU has as much"
             )
-        if self.attention_tp not in gpu.tp_sizes:
-            raise ValueError(
-                f"policy.parallel_plan.attention_tp={self.attention_tp} must be one of "
-                f"{', '.join(map(str, gpu.tp_sizes))}, into which the model and a node of "
-                f"{gpu.name} divide"
-            )
+        require_size("attention_tp", self.attention_tp, gpu)
         part = Part(gpu.name, self.attention_tp, self.num_gpus // self.attention_tp)
         found = largest_batch(view, Deployment(part, None, 1))
-        if isinstance(found, Shortfall):
-            refuse([found], "policy/parallel_plan=expert_parallel")
-        return found
+        return best([found], "policy/parallel_plan=expert_parallel")
