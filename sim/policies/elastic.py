@@ -1,0 +1,193 @@
+"""Instance plans that form new groups of instances for every iteration (LoongServe).
+
+Instances hold a full copy of the weights and KV of whole tokens. A plan is asked when a prefill
+ends, when a round of decoding ends, when a request arrives and no round is under way, and when an
+instance is lost. Its answer, a `Step`, is applied in this order: pre-empt, migrate, and when all
+that migrates has arrived, begin prefills and a round. Groups prefill independently of each other;
+all that decodes does so in rounds: the groups of a round begin together, and it ends with the last.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hardware_models.scaling import ScalingBase
+from sim.engine import ReplicaLimits
+from sim.policies.instance_plan.base import InstanceGroup, InstancePlan
+from sim.requests import RequestView
+
+Ints = NDArray[np.int64]
+FOREVER = 1 << 62
+
+
+class DecodeBatch(NamedTuple):
+    """Requests that decode together and are between two rounds, or paused."""
+
+    number: int
+    """By which a step names it."""
+    instances: tuple[int, ...]
+    """Members of its last group that hold its KV, or were masters of it."""
+    request_ids: Ints
+    """In order: mini-batches are taken from the front."""
+    generated: Ints
+    """[requests] tokens of their answers so far, at least one."""
+    left: Ints
+    """[requests] tokens that their answers may still get: up to the stated limit."""
+    context: Ints
+    """[requests] tokens whose KV is stored."""
+    tokens: Ints
+    """[instances of the deployment] its KV on each."""
+
+    @property
+    def num_requests(self) -> int:
+        """Requests of the batch."""
+        return len(self.request_ids)
+
+
+class ElasticView(Protocol):
+    """What a deployment shows of itself at a decision. Read only."""
+
+    @property
+    def limits(self) -> ReplicaLimits:
+        """Of every instance: `num_blocks` slots of one token each; seats and tokens of all."""
+        ...
+
+    @property
+    def scaling(self) -> ScalingBase:
+        """What the plan may know about time."""
+        ...
+
+    @property
+    def live(self) -> Sequence[int]:
+        """Instances that are not lost, in order."""
+        ...
+
+    @property
+    def free_slots(self) -> Ints:
+        """[instances] tokens for whose KV there is room; 0 on one that is lost."""
+        ...
+
+    @property
+    def prefilling(self) -> frozenset[int]:
+        """Instances whose group computes a prefill now: a step leaves them alone."""
+        ...
+
+    @property
+    def in_round(self) -> bool:
+        """Whether a round is under way: a step then leaves batches and their instances alone."""
+        ...
+
+    @property
+    def batches(self) -> Sequence[DecodeBatch]:
+        """All batches that decode or are paused, by number. In a round, as it began."""
+        ...
+
+    @property
+    def decoding(self) -> frozenset[int]:
+        """Instances in groups of the round under way; empty between rounds."""
+        ...
+
+    @property
+    def waiting(self) -> Sequence[RequestView]:
+        """Requests without KV, pre-empted ones first, then in order of arrival."""
+        ...
+
+    @property
+    def num_running(self) -> int:
+        """Requests that prefill or have KV."""
+        ...
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of decoding that have ended since the start."""
+        ...
+
+    @property
+    def finished(self) -> tuple[int, int]:
+        """Requests that have their last token, and the tokens of their answers in sum."""
+        ...
+
+
+class Prefill(NamedTuple):
+    """A batch that is prefilled by a group."""
+
+    request_ids: tuple[int, ...]
+    """Waiting requests, whole. In this order their tokens are one sequence."""
+    instances: tuple[int, ...]
+    """The group; in this order they form the ring."""
+    targets: tuple[tuple[int, int], ...]
+    """(instance, tokens): who keeps the KV, each the next so many tokens of that sequence. Members
+    without any are free when the prefill ends: proactive scale-down. The tokens add up to
+    `prefill_tokens` of all requests."""
+
+
+class Migration(NamedTuple):
+    """KV that moves from one instance to another before anything else of a step begins."""
+
+    batch: int
+    source: int
+    target: int
+    tokens: int
+    """The first so many that the source has, in the batch's order of requests."""
+
+
+class DecodeGroup(NamedTuple):
+    """A group of a round."""
+
+    batches: tuple[int, ...]
+    """Numbers; several become one batch with the first's number."""
+    instances: tuple[int, ...]
+    """Members: all that hold KV of it, and others, which may be masters: scale-up."""
+    masters: tuple[tuple[int, int], ...]
+    """(instance, requests): mini-batches from the front of the batch, at least one request each.
+    Every request's new KV goes to its master."""
+
+
+class Step(NamedTuple):
+    """What begins now. A batch that is named nowhere is paused."""
+
+    preempt: tuple[int, ...] = ()
+    """Requests of batches that lose their KV and go back to the head of the queue in this order."""
+    migrate: tuple[Migration, ...] = ()
+    prefill: tuple[Prefill, ...] = ()
+    decode: tuple[DecodeGroup, ...] = ()
+    """The groups of one round; only between rounds."""
+
+
+class Standing(NamedTuple):
+    """How long the round of a step is repeated, without asking. Completions always end that."""
+
+    rounds: int = 1
+    """At most so many. A master must have room for all of them."""
+    arrivals_after: int = 1
+    """An arrival ends it at a boundary after at least so many rounds."""
+
+
+class ElasticPlan(InstancePlan):
+    """Forms groups for every iteration."""
+
+    @abstractmethod
+    def step(self, memory: Any, view: ElasticView) -> Step:
+        """What begins now; an empty step: nothing until the next event.
+
+        Args:
+            memory: what `init` made; the only argument that may change.
+            view: the deployment now. Not changed.
+        """
+
+    def steady(self, memory: Any, view: ElasticView) -> Standing:
+        """How long the step just returned stands; asked only where it has a round.
+
+        A plan that says more than one round promises that it would answer the same until then: the
+        same groups and masters, and nothing else. The default asks after every round.
+        """
+        del memory, view
+        return Standing()
+
+    def groups(self, memory: Any, num_instances: int) -> tuple[InstanceGroup, ...]:
+        """Before the first step: each instance by itself, for both phases."""
+        del memory
+        return tuple(InstanceGroup((at,), True, True) for at in range(num_instances))
