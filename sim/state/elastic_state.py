@@ -86,6 +86,10 @@ class ElasticState:
         """Requests that wait, prefill or have KV."""
         return len(self.kv.requests)
 
+    def prefill_of(self, lane: int) -> Prefilling | None:
+        """The prefill under way whose group has this first instance."""
+        return self._prefills.get(lane)
+
     @property
     def prefilling(self) -> frozenset[int]:
         """Instances whose group computes a prefill now."""
