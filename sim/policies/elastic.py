@@ -2,9 +2,10 @@
 
 Instances hold a full copy of the weights and KV of whole tokens. A plan is asked when a prefill
 ends, when a round of decoding ends, when a request arrives and no round is under way, after a step
-that pre-empts or migrates and begins nothing, and when an instance is lost. Its answer, a `Step`, is applied in this order: pre-empt, migrate, and when all
-that migrates has arrived, begin prefills and a round. Groups prefill independently of each other;
-all that decodes does so in rounds: the groups of a round begin together, and it ends with the last.
+that pre-empts or migrates and begins nothing, and when an instance is lost. Its answer, a `Step`,
+is applied in this order: pre-empt, migrate, and when all that migrates has arrived, begin prefills
+and a round. Groups prefill independently of each other; all that decodes does so in rounds: the
+groups of a round begin together, and it ends with the last.
 """
 
 from abc import abstractmethod

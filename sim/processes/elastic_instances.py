@@ -95,8 +95,9 @@ class ElasticInstances:
         self.lose(instance)
 
     def lose(self, instance: int) -> None:
-        """An instance is gone, before any boundary of this instant. One that is lost while KV
-        migrates is noted when that has ended, and nothing else of the step begins.
+        """An instance is gone, before any boundary of this instant.
+
+        While KV migrates this is noted when that has ended, and nothing else of the step begins.
         """
         if self._moving:
             self._gone = True
