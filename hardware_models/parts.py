@@ -12,6 +12,7 @@ from typing import TypeVar, cast
 import yaml
 
 from hardware_models.composition import compose, find_part, part_names
+from hardware_models.scaling import ScalingBase
 from hardware_models.schema import Cluster, Cpu, Disk, Gpu, HostMemory, Link, Node, Npu
 from hardware_models.typed import Place, plain_from, record_from
 
@@ -24,6 +25,7 @@ KINDS: dict[str, type[object]] = {
     "link": Link,
     "node": Node,
     "cluster": Cluster,
+    "scaling": ScalingBase,
 }
 """Folder of YAML files -> record that each of its files becomes."""
 
@@ -79,6 +81,11 @@ def load_node(name: str, folders: Sequence[Path] = ()) -> Node:
 def load_cluster(name: str, folders: Sequence[Path] = ()) -> Cluster:
     """A cluster by name, its parts filled in; `folders` are searched before the shipped parts."""
     return _load(Cluster, "cluster", name, folders)
+
+
+def load_scaling(name: str, folders: Sequence[Path] = ()) -> ScalingBase:
+    """A scaling base by name; `folders` are searched before the shipped ones."""
+    return _load(ScalingBase, "scaling", name, folders)
 
 
 def read_part(kind: str, path: Path, folders: Sequence[Path] = ()) -> object:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from math import isfinite
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class PrefillScaling:
     """One degree of parallelism: so many instances that prefill a batch together."""
 
@@ -23,7 +23,7 @@ class PrefillScaling:
     """For each squared length of a prompt: attention."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class DecodeScaling:
     """A decode iteration of a group, from its busiest members."""
 
@@ -37,9 +37,11 @@ class DecodeScaling:
     """For each token of KV on the fullest member: its share of attention."""
     exchange_s: float = 0.0
     """What a second master adds, and any further: queries go both ways."""
+    source: str = ""
+    """Where the numbers are from; every shipped file says it."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class ScalingBase:
     """Of one model on instances of one kind."""
 

@@ -26,6 +26,8 @@ OTHERS = {
     "throughput_tokens_per_s": "output",
     "goodput_requests_per_s": "goodput",
     "slo_share": "met the SLO",
+    "per_token_latency_mean_s": "end to end, per token of prompt and answer",
+    "input_latency_mean_s": "TTFT, per token of the prompt",
     "busy_share": "busy",
     "prefix_hit_share": "of prompt tokens from the prefix cache",
     "document_hit_share": "of retrieved documents cached",

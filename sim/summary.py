@@ -7,6 +7,7 @@ import numpy as np
 from hardware_models.schema import Gpu
 from sim import metrics
 from sim.knowledge_metrics import clients_left, knowledge_figures, mean_search_s
+from sim.length_latency import length_latencies, prompt_tokens_of
 from sim.metrics import RequestTimes, Slo
 from sim.scenario import Scenario
 from sim.setup import Setup
@@ -49,7 +50,7 @@ def summarise(scenario: Scenario, setup: Setup, trace: Trace) -> dict[str, float
 
 
 def latencies(trace: Trace, times: RequestTimes, *, steady: bool = True) -> dict[str, float]:
-    """Mean and percentiles of TTFT, TPOT, ITL and end-to-end latency, and the parts of TTFT."""
+    """Mean and percentiles of TTFT, TPOT, ITL and end-to-end latency; what TTFT is made of."""
     parts = metrics.ttft_parts(trace, times)
     columns = {"ttft": times.ttft_s, "tpot": times.tpot_s, "e2e": times.e2e_s}
     figures: dict[str, float] = {}
@@ -58,6 +59,9 @@ def latencies(trace: Trace, times: RequestTimes, *, steady: bool = True) -> dict
         figures[f"{name}_mean_s"] = float(known.mean()) if len(known) else float("nan")
         for q in PERCENTILES:
             figures[f"{name}_p{q}_s"] = float(np.percentile(known, q)) if len(known) else np.nan
+    by_length = length_latencies(times, prompt_tokens_of(trace, times))
+    figures["per_token_latency_mean_s"] = by_length.per_token_s
+    figures["input_latency_mean_s"] = by_length.input_s
     gaps = metrics.inter_token_gaps(trace, times.request)
     figures["itl_mean_s"] = gaps.mean()
     figures |= {f"itl_p{q}_s": gaps.percentile(q) for q in PERCENTILES}

@@ -19,6 +19,7 @@ from sim.models.work import IterationShape, expected_experts, iteration_operator
 PUBLISHED_TOTALS = {
     "smollm2_135m": 134_515_008,
     "llama_2_7b": 6_738_415_616,
+    "lwm_7b": 6_738_415_616,
     "llama_3_8b": 8_030_261_248,
     "llama_3_70b": 70_553_706_496,
     "mistral_7b": 7_241_732_096,
