@@ -11,6 +11,7 @@ from sim.costs.layer_tables import LayerKernels
 from sim.costs.proxy import Proxied
 from sim.costs.replica_communication import link_costs, measured_costs, replica_communication
 from sim.costs.roofline import RooflineKernels
+from sim.costs.scaled import ScaledIteration
 from sim.costs.silicon import open_tables
 from sim.costs.silicon_kernels import SiliconKernels
 from sim.costs.table_files import read_tables
@@ -34,6 +35,8 @@ def cost_of(scenario: Scenario, architecture: Architecture, device: Device) -> S
         )
     if scenario.cost is CostFamily.fitted:
         return _fitted(scenario, device)
+    if scenario.cost is CostFamily.scaled:
+        return _scaled(scenario, device)
     rank = tensor_part(architecture, scenario.tp_size)
     roofline = _roofline(scenario, rank, device)
     kernels: Kernels = roofline
@@ -89,6 +92,24 @@ def _profiled(
     kv_dtype, tp_size = scenario.model.cache_dtype.value, scenario.tp_size
     kernels = SiliconKernels(tables, theirs, dtype=dtype, kv_dtype=kv_dtype, tp_size=tp_size)
     return kernels if measured is gpu else Proxied(kernels, theirs, roofline)
+
+
+def _scaled(scenario: Scenario, device: Device) -> StagedCost:
+    base = scenario.scaling
+    if base is None:
+        raise ValueError(
+            "cost=scaled needs scaling=NAME, the coefficients by degree of parallelism; "
+            "`diptych list scaling` has those that there are"
+        )
+    wanted = (scenario.model.name, device.name, scenario.tp_size)
+    if (base.model, base.device, base.tp_size) != wanted or scenario.pp_size > 1:
+        raise ValueError(
+            f"scaling={base.name} is of model={base.model} on {base.device} with "
+            f"tp_size={base.tp_size}, and asked for are model={wanted[0]} on {wanted[1]} with "
+            f"tp_size={wanted[2]} and pp_size={scenario.pp_size}; take another scaling, or another "
+            "cost"
+        )
+    return ScaledIteration(base, scenario.engine.iteration_overhead_s)
 
 
 def _load(name: str) -> Gpu:

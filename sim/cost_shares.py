@@ -8,6 +8,7 @@ from sim.costs.base import IterationCost
 from sim.costs.fitted import Fitted
 from sim.costs.kernel_cost import KernelCost
 from sim.costs.roofline import RooflineKernels
+from sim.costs.scaled import ScaledIteration
 from sim.costs.seconds import NOTHING
 from sim.expert_setup import EvenCost
 from sim.models.work import IterationShape
@@ -20,6 +21,7 @@ NAMES = {
     "datasheet": "datasheet roofline",
 }
 """What results call the parts of `Seconds`."""
+FITTED = "fitted to measurements"
 ASKED = 2_000
 """Decisions of a trace that are asked for their shares, about."""
 
@@ -28,6 +30,8 @@ def cost_shares(cost: IterationCost, traces: Sequence[Trace]) -> dict[str, float
     """Share of the busy time of all traces by where its seconds come from."""
     if isinstance(cost, Fitted):
         return _fitted_shares(cost, traces)
+    if isinstance(cost, ScaledIteration):
+        return {FITTED: 1.0}
     if isinstance(cost, KernelCost):
         if isinstance(cost.kernels, RooflineKernels):
             return {NAMES["datasheet"]: 1.0}
@@ -68,4 +72,4 @@ def _fitted_shares(cost: Fitted, traces: Sequence[Trace]) -> dict[str, float]:
         partly = outside <= last
         spent += float((end_s[last] - start_s[first]).sum())
         beyond += float((end_s[last[partly]] - start_s[outside[partly]]).sum())
-    return {"fitted to measurements": 1 - beyond / spent, "extrapolated": beyond / spent}
+    return {FITTED: 1 - beyond / spent, "extrapolated": beyond / spent}

@@ -4,6 +4,7 @@ import warnings
 from functools import partial
 
 from sim.costs.fitted import Fitted
+from sim.elastic_setup import simulate_elastic_seed
 from sim.expert_setup import ExpertSetup, loads_of
 from sim.faults import Part, outages
 from sim.knowledge_setup import check_knowledge, retrieves, simulate_knowledge_seed
@@ -33,6 +34,8 @@ def simulate_seed(scenario: Scenario, setup: Setup, seed: int) -> Trace:
     source = Source(scenario.workload, seed, setup.max_model_tokens)
     if setup.experts is not None:
         return _with_experts(scenario, setup, setup.experts, seed)
+    if setup.elastic is not None:
+        return simulate_elastic_seed(scenario, setup.elastic, source, setup.kv_bytes_per_token)
     policy, ahead = scenario.policy, scenario.engine.schedules_ahead
     if any(one.kills for one in scenario.faults):
         trace = _with_deaths(scenario, setup, source)
@@ -77,8 +80,10 @@ def check_deployment(scenario: Scenario, setup: Setup) -> None:
             loads_of(scenario, setup.experts, seed)
         return
     apart = separates_phases(scenario)
-    if apart or scenario.cluster is not None:
+    if apart or scenario.cluster is not None or setup.elastic is not None:
         place(scenario)
+    if setup.elastic is not None:
+        return
     if retrieves(scenario):
         for seed in scenario.seeds:
             check_knowledge(scenario, setup, seed)

@@ -8,28 +8,8 @@ from hashlib import blake2b
 import numpy as np
 
 from sim.recorder import rows_table
-from sim.trace import DECODE, PREFILL, Array
+from sim.trace import DECODE, KV_MOVES, MEMBERS, PREFILL, STEPS, Array
 
-STEPS = {
-    "instant_s": "f", "waiting": "i", "running": "i", "free_slots": "i", "in_round": "i",
-    "lost": "i", "migrations": "i", "prefills": "i", "decodes": "i", "rounds": "i",
-}  # fmt: skip
-"""Every time that a plan was asked, and what it had seen: requests waiting and running, and slots
-free on all instances before. `lost`: the instance whose loss was the reason, or -1. `rounds`: how
-many rounds its groups decoded."""
-MEMBERS = {
-    "step": "i", "kind": "i", "group": "i", "instance": "i", "requests": "i", "tokens": "i",
-    "digest": "i", "start_s": "f", "end_s": "f",
-}  # fmt: skip
-"""One row a member of a group. `kind`: `PREFILL` or `DECODE`. `group`: its place in the step.
-`requests`: of a member that prefills, those of the batch; of one that decodes, its mini-batch (0:
-it is no master). `tokens`: KV that it keeps of a prefill, or has of a batch before the first round.
-`digest`: of the batch's request ids, in order."""
-KV_MOVES = {
-    "step": "i", "request": "i", "source": "i", "target": "i", "tokens": "i",
-    "begin_s": "f", "end_s": "f",
-}  # fmt: skip
-"""KV of one request that migrated."""
 NEVER = float("nan")
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from math import isfinite
 
+from hardware_models.scaling import ScalingBase
 from hardware_models.schema import Cluster, Gpu, Node
 from sim.engine import Engine
 from sim.experts import Experts
@@ -58,6 +59,8 @@ class CostFamily(Enum):
     """Measured kernels: NVIDIA's tables, or those of `cost_tables`."""
     fitted = "fitted"
     """Coefficients that `diptych calibrate` measured for this model on this node."""
+    scaled = "scaled"
+    """Coefficients by degree of parallelism: those of `scaling`."""
 
 
 @dataclass(kw_only=True)
@@ -148,6 +151,9 @@ class Scenario:
     cost_tables: str | None = None
     """Folder of measured layers for `cost=profiled` (formats of LLMServingSim and of Vidur); null:
     NVIDIA's tables in the installed package aiconfigurator-core."""
+    scaling: ScalingBase | None = None
+    """How iterations get faster with more instances: what `cost=scaled` takes, and what a plan of
+    elastic instances knows of time; null: such a plan knows a fit to the scenario's own cost."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """One run each; several give intervals."""
     slo: Slo = field(default_factory=Slo)

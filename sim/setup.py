@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from sim.cost_choice import cost_of
 from sim.costs.base import StagedCost
+from sim.elastic_setup import ElasticSetup, is_elastic, prepare_elastic
 from sim.engine import Engine, ReplicaLimits
 from sim.engine_profiles import batch_limits
 from sim.expert_setup import (
@@ -45,6 +46,8 @@ class Setup:
     """Batches that a replica has in flight."""
     experts: ExpertSetup | None = None
     """Where its plan places experts; `limits` are then those of an attention node."""
+    elastic: ElasticSetup | None = None
+    """Where its plan forms groups anew; `limits` and `cost` are then those of one instance."""
 
     def kv_bytes_moved(self, tokens: int) -> int:
         """Bytes that move with the KV of so many tokens of one request: blocks move whole."""
@@ -65,14 +68,20 @@ def prepare(scenario: Scenario) -> Setup:
     max_tokens = _context(scenario.engine, architecture)
     lanes = lanes_of_replica(scenario)
     limits = lane_limits(_limits(scenario, architecture, device), lanes)
+    cost = cost_of(scenario, architecture, device)
+    kv_bytes = kv_bytes_per_token(architecture, scenario.model.cache_dtype.num_bytes)
+    elastic = None
+    if is_elastic(scenario):
+        elastic = prepare_elastic(scenario, architecture, limits, cost, kv_bytes)
     return Setup(
         architecture=architecture,
         limits=limits,
         max_model_tokens=max_tokens,
-        cost=cost_of(scenario, architecture, device),
+        cost=cost,
         device=device.name,
-        kv_bytes_per_token=kv_bytes_per_token(architecture, scenario.model.cache_dtype.num_bytes),
+        kv_bytes_per_token=kv_bytes,
         lanes=lanes,
+        elastic=elastic,
     )
 
 
@@ -106,6 +115,8 @@ def one_batch_for(scenario: Scenario) -> str:
     """What of a scenario keeps its replicas to one batch in flight; empty: nothing."""
     if phases(scenario.policy.instance_plan, scenario.num_replicas)[1]:
         return "instances that move KV"
+    if is_elastic(scenario):
+        return "elastic instances"
     return "faults" if scenario.faults else ""
 
 
@@ -116,6 +127,8 @@ def check_workload(scenario: Scenario, setup: Setup, seed: int) -> WorkloadTotal
         ValueError: it is empty, a trace line is broken, or a request exceeds context or KV pool.
     """
     pool_tokens = setup.limits.num_blocks * setup.limits.block_size
+    if setup.elastic is not None:
+        pool_tokens = setup.elastic.slots
     most = min(setup.max_model_tokens, pool_tokens)
     return check(scenario.workload, seed, most, prefixes=setup.limits.prefix_caching)
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 PREFILL, DECODE = 1, 2
 """Bits of an iteration's kind; both: a mixed iteration."""
@@ -90,6 +90,26 @@ MOVES = {
 }  # fmt: skip
 """Steps of the knowledge cache in order: see `MoveKind`. They were noted at `instant_s`, with the
 batch that they were decided with; a step that copied took `took_s`."""
+STEPS = {
+    "instant_s": "f", "waiting": "i", "running": "i", "free_slots": "i", "in_round": "i",
+    "lost": "i", "migrations": "i", "prefills": "i", "decodes": "i", "rounds": "i",
+}  # fmt: skip
+"""Every time that a plan was asked, and what it had seen: requests waiting and running, and slots
+free on all instances before. `lost`: the instance whose loss was the reason, or -1. `rounds`: how
+many rounds its groups decoded."""
+MEMBERS = {
+    "step": "i", "kind": "i", "group": "i", "instance": "i", "requests": "i", "tokens": "i",
+    "digest": "i", "start_s": "f", "end_s": "f",
+}  # fmt: skip
+"""One row a member of a group. `kind`: `PREFILL` or `DECODE`. `group`: its place in the step.
+`requests`: of a member that prefills, those of the batch; of one that decodes, its mini-batch (0:
+it is no master). `tokens`: KV that it keeps of a prefill, or has of a batch before the first round.
+`digest`: of the batch's request ids, in order."""
+KV_MOVES = {
+    "step": "i", "request": "i", "source": "i", "target": "i", "tokens": "i",
+    "begin_s": "f", "end_s": "f",
+}  # fmt: skip
+"""KV of one request that migrated."""
 RUNS = {"request": "i", "first_iteration": "i", "count": "i"}
 SPANS = {"start_s": "f", "end_s": "f", "flops": "f", "bytes": "f", "request": "i"}
 SPAN_NAMES = ("resource", "operation")
@@ -151,6 +171,10 @@ class Trace:
     stages: Mapping[str, Array] = field(default_factory=lambda: empty(STAGES))
     lookups: Mapping[str, Array] = field(default_factory=lambda: empty(LOOKUPS))
     moves: Mapping[str, Array] = field(default_factory=lambda: empty(MOVES))
+    steps: Mapping[str, Array] = field(default_factory=lambda: empty(STEPS))
+    """Without rows, as the two tables below, where no instances form groups anew."""
+    members: Mapping[str, Array] = field(default_factory=lambda: empty(MEMBERS))
+    kv_moves: Mapping[str, Array] = field(default_factory=lambda: empty(KV_MOVES))
     spans: Mapping[str, Array] = field(default_factory=lambda: empty(SPANS))
     span_names: Mapping[str, list[str]] = field(
         default_factory=lambda: {name: [] for name in SPAN_NAMES}

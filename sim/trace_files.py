@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TABLES = (
     "iterations", "requests", "events", "runs", "decisions", "spans", "routes", "answers",
-    "hand_overs", "searches", "stages", "lookups", "moves",
+    "hand_overs", "searches", "stages", "lookups", "moves", "steps", "members", "kv_moves",
 )  # fmt: skip
 STAMP = b"diptych_trace_schema"
 

@@ -166,7 +166,9 @@ def widened(rows: IntArray, width: int) -> IntArray:
     """Rows of links with `NO_LINK` behind, up to a width."""
     if rows.shape[1] >= width:
         return rows
-    return np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=NO_LINK)
+    wide = np.full((len(rows), width), NO_LINK, np.intp)
+    wide[:, : rows.shape[1]] = rows
+    return wide
 
 
 def _shifted(rows: IntArray, by: IntArray) -> IntArray:
