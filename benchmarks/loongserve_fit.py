@@ -242,7 +242,7 @@ def _percent(value: float) -> str:
 
 def main() -> None:
     """Print both tables, and what the decode coefficients would be if they were fitted again."""
-    out = Console()
+    out = Console(width=120)
     worst: dict[str, float] = {}
     for kind, rows in (("prefill", prefill_rows()), ("decode", decode_rows())):
         table = Table("base", kind, "measured", "ours", "error", "left out")
