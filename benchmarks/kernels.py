@@ -24,6 +24,7 @@ from backends.kernels.expert_gate import (
     scatter_rows,
     scatter_rows_reference,
 )
+from backends.kernels.merge_parts import merge_parts, merge_parts_reference
 from backends.kernels.paged import KvCache
 from backends.kernels.paged_decode_attention import (
     paged_decode_attention,
@@ -33,6 +34,10 @@ from backends.kernels.paged_prefill_attention import (
     paged_prefill_attention,
     paged_prefill_attention_reference,
 )
+from backends.kernels.part_decode_attention import (
+    part_decode_attention,
+    part_decode_attention_reference,
+)
 from backends.kernels.rms_norm import rms_norm, rms_norm_reference
 from backends.kernels.rotary_kv_write import (
     Rotation,
@@ -40,8 +45,16 @@ from backends.kernels.rotary_kv_write import (
     rotary_kv_write_reference,
     rotary_tables,
 )
+from backends.kernels.striped_prefill_attention import (
+    Stripe,
+    new_state,
+    striped_prefill_attention,
+    striped_prefill_attention_reference,
+)
 
 BLOCK_SIZE = 16
+INSTANCES = 4
+"""Over which the KV of a group lies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +202,42 @@ def attention_cases(shape: Shape, device: str) -> list[Case]:
     ]
 
 
+def distributed_cases(shape: Shape, device: str) -> list[Case]:
+    """Decode over one instance's part of each context, its merge, and one round of a ring."""
+    options = {"device": device, "dtype": shape.dtype}
+    n, part, scale = shape.num_sequences, shape.context // INSTANCES, shape.head_dim**-0.5
+    kv = torch.randn(2, n * part, shape.num_kv_heads, shape.head_dim, **options)
+    slots = torch.randperm(n * part, device=device)
+    starts = torch.arange(n + 1, device=device).int() * part
+    query = torch.randn(n * part, shape.num_heads, shape.head_dim, **options)
+    decode_input = (query[:n], *kv, slots, starts, scale)
+    attended, lse = part_decode_attention(*decode_input)
+    merge_input = (torch.stack([attended] * INSTANCES), torch.stack([lse] * INSTANCES))
+    own = Stripe((torch.arange(part, device=device).int() * INSTANCES).repeat(n), starts)
+    state = new_state(n * part, shape.num_heads, shape.head_dim, device)
+    round_input = (query, (kv[0], kv[1]), own, own, scale, state)
+    return [
+        Case(
+            "part_decode_attention",
+            lambda: part_decode_attention(*decode_input),
+            lambda: part_decode_attention_reference(*decode_input),
+            size_bytes(kv, query[:n], slots, attended, lse),
+        ),
+        Case(
+            "merge_parts",
+            lambda: merge_parts(*merge_input, shape.dtype),
+            lambda: merge_parts_reference(*merge_input, shape.dtype),
+            size_bytes(*merge_input, query[:n]),
+        ),
+        Case(
+            "striped_prefill_attention",
+            lambda: striped_prefill_attention(*round_input),
+            lambda: striped_prefill_attention_reference(*round_input),
+            size_bytes(kv, query, *state, *state),
+        ),
+    ]
+
+
 def expert_cases(mixture: Mixture, device: str) -> list[Case]:
     """Gate, scatter, experts and combine of one layer, routed by chance, so nearly evenly."""
     options = {"device": device, "dtype": mixture.dtype}
@@ -277,7 +326,7 @@ def main() -> None:
         print("The Triton kernels were not run: no CUDA device here. Times are of the references.")
     print(f"{'operator':26}{'kernel us':>12}{'GB/s':>10}{'reference us':>16}{'GB/s':>10}")
     cases = token_cases(shape, device) + attention_cases(shape, device)
-    cases += expert_cases(mixture, device)
+    cases += distributed_cases(shape, device) + expert_cases(mixture, device)
     rows = [row_of(case, device, with_kernel) for case in cases]
     settings = {
         what: {key: str(value) for key, value in asdict(sizes).items()}
