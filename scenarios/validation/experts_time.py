@@ -286,7 +286,7 @@ def _machine_line(repeats: Sequence[Repeat]) -> Line:
     """What the calibration found; two busy ranks may slow each other down."""
     stages = [one.stages for one in repeats]
     busy = np.median([one.busy for one in stages], axis=0)
-    parts = np.median([one[:5] for one in stages], axis=0) * 1e3
+    parts = np.median(np.array([one[:5] for one in stages]), axis=0) * 1e3
     note = (
         f"a layer takes {parts[0]:.2f} ms on attention and {parts[1]:.2f} ms on experts, a native "
         f"transfer {parts[3]:.2f} ms, lm_head {parts[2]:.2f} ms; one over an emulated link takes "
