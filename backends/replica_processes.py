@@ -64,6 +64,8 @@ class Processes:
 
     inbox: type[Inbox] = Inbox
     """What a process takes its requests from."""
+    noun = "replica"
+    """What messages call one."""
 
     def __init__(self, spec: ReplicaSpec, count: int, work: Work) -> None:
         """Start them.
@@ -189,7 +191,7 @@ class Processes:
         kind, content = self._connections[number].recv()
         self._heard[number] = time.monotonic()
         if kind == "refused":
-            raise ValueError(f"replica {number}: {content}")
+            raise ValueError(f"{self.noun} {number}: {content}")
         if kind == "failed":
             raise RuntimeError(self._lost(number, f"has failed:\n{content}"))
         if kind == "result":
@@ -201,7 +203,7 @@ class Processes:
     def _lost(self, number: int, what: str) -> str:
         process = self._processes[number]
         return (
-            f"replica {number} of {self.count} (process {process.pid}, exit code "
+            f"{self.noun} {number} of {self.count} (process {process.pid}, exit code "
             f"{process.exitcode}) {what}; the run ends here, start it again"
         )
 

@@ -123,8 +123,11 @@ class Transformer:
             )
         slots = cache.begin_write(batch.slot_mapping)
         cache.count_read(batch.context_lengths)
-        rotation = Rotation(self._cos, self._sin, batch.positions.to(self.device))
-        return self._operators(self.config, batch, slots, rotation)
+        return self._operators(self.config, batch, slots, self.rotation(batch.positions))
+
+    def rotation(self, positions: Tensor) -> Rotation:
+        """The angles of tokens at positions int64 [tokens]."""
+        return Rotation(self._cos, self._sin, positions.to(self.device))
 
     def embed(self, batch: ForwardBatch) -> Tensor:
         """What the first layer takes [tokens, hidden]; only on a stage that has the embedding."""

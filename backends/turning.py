@@ -1,0 +1,66 @@
+"""The operators of a layer that sequence parallelism leaves as they are: norms and rotation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm as torch_rms_norm
+
+from backends.forward_batch import ForwardBatch
+from backends.kernels.rms_norm import rms_norm
+from backends.kv_layout import uses_kernels
+from backends.transformer import Transformer
+
+
+class Turning:
+    """`Operators` without `turn_and_store` and `attend`, for tokens at given positions."""
+
+    def __init__(self, model: Transformer, positions: Tensor) -> None:
+        """Look the angles up; positions int64 [tokens]."""
+        config = model.config
+        self._eps, self._kernels = config.norm_eps, uses_kernels(model.device, model.dtype)
+        self._sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        self.scale = config.head_dim**-0.5
+        rotation = model.rotation(positions)
+        cos, sin = rotation.cos[rotation.positions], rotation.sin[rotation.positions]
+        # Rolling a head by half its size swaps the halves that turn into each other.
+        self._half = cos.shape[1]
+        self._cos = torch.cat((cos, cos), 1)[:, None, :].to(model.dtype)
+        self._sin = torch.cat((-sin, sin), 1)[:, None, :].to(model.dtype)
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See `Operators`."""
+        if not self._kernels:
+            return torch_rms_norm(x, weight.shape, weight, self._eps)
+        return rms_norm(x.reshape(-1, x.shape[-1]), weight, self._eps).view(x.shape)
+
+    def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Operators`."""
+        if self._kernels:
+            return rms_norm(x, weight, self._eps, residual)
+        summed = x + residual
+        return torch_rms_norm(summed, weight.shape, weight, self._eps), summed
+
+    def turn(self, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value [tokens, heads of each, head_dim], the first two rotated.
+
+        Args:
+            heads: [tokens, heads of all, head_dim].
+        """
+        query, key, value = heads.split(self._sizes, 1)
+        query, key = (
+            torch.addcmul(part * self._cos, part.roll(self._half, -1), self._sin)
+            for part in (query, key)
+        )
+        return query, key, value
+
+
+def batch_of(token_ids: list[int], positions: Tensor, logit_rows: list[int]) -> ForwardBatch:
+    """What a model embeds and what it gives logits of; no blocks are in it."""
+    none = torch.zeros(0, dtype=torch.int32)
+    return ForwardBatch(
+        token_ids=torch.tensor(token_ids, dtype=torch.int64), positions=positions,
+        slot_mapping=none, num_decodes=0, block_tables=none, context_lengths=none,
+        query_starts=none, logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+        max_context=0, block_size=1,
+    )  # fmt: skip
