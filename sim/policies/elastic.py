@@ -62,6 +62,10 @@ class ElasticView(Protocol):
         """Instances in groups of the round under way; empty between rounds."""
         ...
 
+    def given_up(self, request_id: int) -> Ints:
+        """[instances] slots that come free when this request of a batch is pre-empted."""
+        ...
+
     @property
     def waiting(self) -> Sequence[RequestView]:
         """Requests without KV, pre-empted ones first, then in order of arrival."""

@@ -38,9 +38,7 @@ def by_trying_all(lengths, free, base, objective):
         for parts in range(1, min(used, len(lengths)) + 1):
             for at in cuts(used, parts):
                 for to in cuts(len(lengths), parts):
-                    rows = [
-                        batching.Part(to[n], to[n + 1], at[n], at[n + 1]) for n in range(parts)
-                    ]
+                    rows = [batching.Part(to[n], to[n + 1], at[n], at[n + 1]) for n in range(parts)]
                     if all(fits(row, lengths, free, base) for row in rows):
                         best = min(best, cost_of(rows, lengths, base, objective))
     return best

@@ -13,7 +13,7 @@ where the tokens of j..i must fit the free slots of the last c of the k instance
 from collections.abc import Sequence
 from enum import StrEnum
 from math import inf
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from hardware_models.scaling import ScalingBase
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-SMALL = 1500
+SMALL = 2500
 """Sums up to so many are tried one by one: numpy's calls would take longer."""
 
 
@@ -178,11 +178,11 @@ def _by_halves(sums: _Sums) -> _Found:
             fits = of.tokens <= of.room[k]
             fits[0] = False
             of.cost[k, fits], of.degree[k, fits] = whole[fits], k
-        degrees = np.arange(1, min(k - 1, sums.degrees) + 1)
+        degrees = np.arange(1, min(k - 1, sums.degrees) + 1, dtype=np.int64)
         if len(degrees):
             found, at = _row_minima(of, k, degrees)
             best = found.argmin(axis=0)
-            columns = np.arange(found.shape[1])
+            columns: Ints = np.arange(found.shape[1], dtype=np.int64)
             better = found[best, columns] < of.cost[k]
             of.cost[k, better] = found[best, columns][better]
             of.split[k, better] = at[best, columns][better]
@@ -194,14 +194,13 @@ def _row_minima(of: _Arrays, k: int, degrees: Ints) -> tuple[Floats, Ints]:
     """[degrees, requests + 1] the least sum of each row, and the leftmost j that has it."""
     count = len(of.tokens)
     slots = (of.room[k] - of.room[k - degrees])[:, None]
-    lowest = np.searchsorted(of.tokens, of.tokens[None, :] - slots)
+    lowest = cast(Ints, np.searchsorted(of.tokens, of.tokens[None, :] - slots))
     known = np.zeros((len(degrees), count + 1), np.int64)
     np.cumsum(np.isfinite(of.cost[k - degrees]), axis=1, out=known[:, 1:])
-    ends = np.arange(count)[None, :]
+    before = np.arange(len(degrees))[:, None], lowest
     # Rows without any finite sum are left out: they would tell nothing of where to search.
-    possible = np.take_along_axis(known, ends, 1) > np.take_along_axis(known, lowest, 1)
-    possible &= lowest < ends
-    lengths = possible.sum(axis=1)
+    possible: NDArray[np.bool_] = known[:, :count] > known[before]
+    lengths: Ints = np.count_nonzero(possible, axis=1)
     size = 1 << int(lengths.max()).bit_length()
     rows = np.zeros((len(degrees), size), np.int64)
     which, row = np.nonzero(possible)
@@ -236,7 +235,7 @@ def _least_in(
     starts = stops - sizes
     if not len(sizes):
         return np.zeros(0), starts
-    j = np.arange(stops[-1]) + np.repeat(low - starts, sizes)
+    j: Ints = np.arange(int(stops[-1]), dtype=np.int64) + np.repeat(low - starts, sizes)
     count = len(of.tokens)
     seconds = np.repeat(of.base[at] + of.growth[at, ends], sizes)
     seconds -= of.growth.ravel()[np.repeat(at * count, sizes) + j]
