@@ -76,6 +76,10 @@ class ElasticState:
         """Requests without KV, pre-empted ones first, then in order of arrival."""
         return self.line.views
 
+    def given_up(self, request_id: int) -> Ints:
+        """[instances] slots that come free when this request of a batch is pre-empted."""
+        return self.kv.tokens[self.kv.rows[request_id]].copy()
+
     @property
     def num_running(self) -> int:
         """Requests that prefill or have KV."""

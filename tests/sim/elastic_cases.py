@@ -6,8 +6,8 @@ import numpy as np
 
 from hardware_models.scaling import DecodeScaling, PrefillScaling, ScalingBase
 from sim.engine import ReplicaLimits
-from sim.policies.elastic import DecodeBatch, DecodeGroup, Migration, Prefill, Step
 from sim.requests import RequestView
+from sim.steps import DecodeBatch, DecodeGroup, Migration, Prefill, Step
 
 MEASURED_4 = PrefillScaling(base_s=37.4e-3, token_s=0.00998e-3, square_s=1.934e-10)
 """Fitted to measurements of four instances of two GPUs."""

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sim.engine import ReplicaLimits
-from sim.policies.elastic import Step
 from sim.policies.instance_plan._elastic_dispatch import ever_fits
 from sim.policies.instance_plan.elastic_sp import ElasticSp
 from sim.policies.instance_plan.static_sp import StaticSp
 from sim.requests import RequestView
+from sim.steps import Step
 
 SLOTS = 60
 

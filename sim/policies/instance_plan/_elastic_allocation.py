@@ -10,8 +10,8 @@ its requests lose.
 from typing import NamedTuple
 
 from hardware_models.scaling import ScalingBase
-from sim.policies.elastic import Migration
 from sim.policies.instance_plan._elastic_cluster import Cluster, Gang, Load, prefill_s
+from sim.steps import Migration
 
 
 class Allocation(NamedTuple):

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from hardware_models.scaling import ScalingBase
-from sim.policies.elastic import DecodeBatch, ElasticView, Ints
+from sim.policies.elastic import ElasticView
+from sim.steps import DecodeBatch, Ints
 
 
 class Load(NamedTuple):

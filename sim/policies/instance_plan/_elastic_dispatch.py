@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sim.policies.elastic import DecodeBatch, ElasticView
+from sim.policies.elastic import ElasticView
 from sim.policies.instance_plan._elastic_cluster import (
     Cluster,
     FutureNeed,
@@ -22,6 +22,7 @@ from sim.policies.instance_plan._elastic_cluster import (
     prefill_s,
 )
 from sim.requests import RequestView
+from sim.steps import DecodeBatch
 
 
 class Rules(NamedTuple):

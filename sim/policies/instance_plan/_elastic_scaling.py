@@ -9,8 +9,8 @@ KV goes to the fullest members that have room, so that the others stay as empty 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sim.policies.elastic import FOREVER, DecodeGroup
 from sim.policies.instance_plan._elastic_cluster import Cluster, Gang, joined
+from sim.steps import FOREVER, DecodeGroup
 
 
 class ScaleRules(NamedTuple):

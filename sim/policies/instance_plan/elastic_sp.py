@@ -13,16 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sim.policies.elastic import (
-    FOREVER,
-    ElasticPlan,
-    ElasticView,
-    Ints,
-    Migration,
-    Prefill,
-    Standing,
-    Step,
-)
+from sim.policies.elastic import ElasticPlan, ElasticView
 from sim.policies.instance_plan._elastic_allocation import allocate
 from sim.policies.instance_plan._elastic_batching import Objective, Search, partition
 from sim.policies.instance_plan._elastic_cluster import (
@@ -46,6 +37,7 @@ from sim.policies.instance_plan._elastic_scaling import (
     plan_decode,
 )
 from sim.requests import RequestView
+from sim.steps import FOREVER, Ints, Migration, Prefill, Standing, Step
 
 NOTHING = Step()
 

@@ -9,15 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from sim.policies.elastic import (
-    FOREVER,
-    DecodeGroup,
-    ElasticPlan,
-    ElasticView,
-    Prefill,
-    Standing,
-    Step,
-)
+from sim.policies.elastic import ElasticPlan, ElasticView
 from sim.policies.instance_plan._elastic_cluster import Cluster, look
 from sim.policies.instance_plan._elastic_dispatch import (
     ever_fits,
@@ -27,6 +19,7 @@ from sim.policies.instance_plan._elastic_dispatch import (
 from sim.policies.instance_plan._elastic_preemption import without_latest
 from sim.policies.instance_plan._elastic_scaling import DecodePlan
 from sim.requests import RequestView
+from sim.steps import FOREVER, DecodeGroup, Prefill, Standing, Step
 
 
 @dataclass
