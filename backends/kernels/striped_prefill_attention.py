@@ -24,8 +24,8 @@ from backends.kernels.part_softmax import request_bounds, weigh_values
 from backends.kernels.products import dot, load_rows
 from backends.kernels.tiles import count_up_to, place_of_tile
 
-REFERENCE_ROWS = 256
-"""Queries that the reference takes at once: few enough to skip most of the later keys."""
+REFERENCE_ROWS = 64
+"""Queries that the reference takes at once: few enough to skip later keys and to stay in the cache."""
 
 
 class Stripe(NamedTuple):
