@@ -25,7 +25,7 @@ from backends.kernels.products import dot, load_rows
 from backends.kernels.tiles import count_up_to, place_of_tile
 
 REFERENCE_ROWS = 64
-"""Queries that the reference takes at once: few enough to skip later keys and to stay in the cache."""
+"""Queries that the reference takes at once: few, so later keys are skipped and scores cached."""
 
 
 class Stripe(NamedTuple):
