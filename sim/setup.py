@@ -73,6 +73,7 @@ def prepare(scenario: Scenario) -> Setup:
     elastic = None
     if is_elastic(scenario):
         elastic = prepare_elastic(scenario, architecture, limits, cost, kv_bytes)
+        max_tokens = min(max_tokens, elastic.slots)
     return Setup(
         architecture=architecture,
         limits=limits,
@@ -127,7 +128,7 @@ def check_workload(scenario: Scenario, setup: Setup, seed: int) -> WorkloadTotal
         ValueError: it is empty, a trace line is broken, or a request exceeds context or KV pool.
     """
     pool_tokens = setup.limits.num_blocks * setup.limits.block_size
-    if setup.elastic is not None:
+    if setup.elastic is not None:  # a request's KV may lie on all of them
         pool_tokens = setup.elastic.slots
     most = min(setup.max_model_tokens, pool_tokens)
     return check(scenario.workload, seed, most, prefixes=setup.limits.prefix_caching)

@@ -197,6 +197,6 @@ def run_elastic(
 ) -> ElasticRun:  # fmt: skip
     made_of = Deployment(plan, case.limits, case.num_instances, COARSE, TOKEN_BYTES)
     return simulate_elastic(
-        Source(case.workload, 0, CONTEXT), made_of, pace or CostedGroups(Scaled(COARSE)), transport,
+        Source(case.workload, 0, case.limits.num_blocks * case.num_instances), made_of, pace or CostedGroups(Scaled(COARSE)), transport,
         losses=case.losses if losses is None else losses, one_by_one=one_by_one,
     )  # fmt: skip

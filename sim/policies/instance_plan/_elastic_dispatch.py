@@ -45,19 +45,21 @@ class Chosen(NamedTuple):
     """Whether none was passed over that could run."""
 
 
-def left_after_prefill(request: RequestView) -> int:
-    """Tokens that its answer may get after the one that the prefill gives."""
-    return max(0, request.max_output_tokens - request.generated_tokens - 1)
+def room_for_one(view: ElasticView) -> int:
+    """Tokens of one request that the largest group keeps."""
+    return view.limits.num_blocks * min(len(view.live), view.scaling.max_degree)
+
+
+def left_after_prefill(request: RequestView, view: ElasticView) -> int:
+    """Tokens that its answer may get after the one that the prefill gives, while there is room."""
+    left = request.max_output_tokens - request.generated_tokens - 1
+    return max(0, min(left, room_for_one(view) - request.prefill_tokens))
 
 
 def ever_fits(request: RequestView, view: ElasticView) -> bool:
-    """Whether it could run alone, and be prefilled again whenever it is pre-empted.
-
-    One that could not holds up nobody.
-    """
-    group = min(len(view.live), view.scaling.max_degree)
-    whole = request.prefill_tokens + left_after_prefill(request)
-    return whole <= view.limits.num_blocks * group
+    """Whether it could run alone: one that could not holds up nobody."""
+    more = request.max_output_tokens > request.generated_tokens + 1
+    return request.prefill_tokens + more <= room_for_one(view)
 
 
 def seconds_until_end(
@@ -145,7 +147,7 @@ class Scan:
 
     def _take(self, place: int, request: RequestView) -> bool:
         """Whether it is among the chosen or the doubtful now."""
-        tokens, left = request.prefill_tokens, left_after_prefill(request)
+        tokens, left = request.prefill_tokens, left_after_prefill(request, self.view)
         both = self.both.plus(tokens)
         whole = self.limits.max_num_batched_tokens
         if both.tokens > self.idle_slots or (both.num_requests > 1 and both.tokens > whole):

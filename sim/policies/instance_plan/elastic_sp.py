@@ -182,17 +182,19 @@ class ElasticSp(ElasticPlan):
         placed = self._placed(view, now, chosen.requests) if chosen.requests else None
         if placed is None:
             return None
-        self._remember(memory, chosen, placed.prefills)
+        self._remember(memory, view, chosen, placed.prefills)
         return placed
 
-    def _remember(self, memory: Memory, chosen: Chosen, prefills: Sequence[Prefill]) -> None:
+    def _remember(
+        self, memory: Memory, view: ElasticView, chosen: Chosen, prefills: Sequence[Prefill]
+    ) -> None:
         by_id = {request.request_id: request for request in chosen.requests}
         memory.out_of_order = 0 if chosen.in_order else memory.out_of_order + 1
         for one in prefills:
             requests = [by_id[number] for number in one.request_ids]
             memory.prefills[one.instances] = (
                 np.array([request.prefill_tokens for request in requests]),
-                np.array([left_after_prefill(request) for request in requests]),
+                np.array([left_after_prefill(request, view) for request in requests]),
             )
 
     def _placed(

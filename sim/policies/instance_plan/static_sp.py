@@ -118,7 +118,7 @@ def _admitted(view: ElasticView, now: Cluster) -> list[RequestView]:
     limits, need, tokens = view.limits, future_need(view, ()), 0
     free = now.room(now.open)
     for request in islice(view.waiting, limits.max_num_seqs):
-        own, left = request.prefill_tokens, left_after_prefill(request)
+        own, left = request.prefill_tokens, left_after_prefill(request, view)
         if not ever_fits(request, view):
             continue
         tokens += own
