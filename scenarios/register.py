@@ -85,6 +85,7 @@ def defaults() -> list[Any]:
         "node": None,
         "gpu": None,
         "cluster": None,
+        "scaling": None,
     }
     # The engine comes after the policies, one of which it may choose.
     chosen = [*({k: v} for k, v in groups.items()), *rules, {"engine": Engine().name}]

@@ -148,12 +148,15 @@ def _limits(scenario: Scenario, architecture: Architecture, device: Device) -> R
     engine = scenario.engine
     gpu = scenario.gpu or (scenario.machine.gpu if scenario.machine else None)
     sequences, tokens = batch_limits(engine, gpu)
+    computed = tokens
+    if is_elastic(scenario):  # the limit is of all instances; one computes no more than it keeps
+        computed = min(tokens, engine.num_blocks or -(-tokens // scenario.num_replicas))
     sm_count = (gpu.peak.sm_count if gpu else None) or 0
 
     def blocks(tp_size: int, pp_size: int) -> int:
         rank = stage_part(tensor_part(architecture, tp_size), pp_size)
         size = scenario.model.dtype.num_bytes
-        need = memory_need(engine, (sequences, tokens), architecture, rank, size, sm_count)
+        need = memory_need(engine, (sequences, computed), architecture, rank, size, sm_count)
         block_bytes = engine.block_size * kv_bytes_per_token(
             rank, scenario.model.cache_dtype.num_bytes
         )

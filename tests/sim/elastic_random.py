@@ -18,7 +18,6 @@ from sim.steps import DecodeBatch, DecodeGroup, Migration, Prefill, Step
 from sim.workload.recorded import Recorded
 from sim.workload.source import Source
 
-CONTEXT = 1 << 20
 TOKEN_BYTES = 1024
 COARSE = ScalingBase(
     name="coarse", model="none", device="none", source="by hand: multiples of a quarter second",
@@ -196,7 +195,8 @@ def run_elastic(
     pace: ElasticPace | None = None, transport: Any = link, losses: Any = None,
 ) -> ElasticRun:  # fmt: skip
     made_of = Deployment(plan, case.limits, case.num_instances, COARSE, TOKEN_BYTES)
+    most = case.limits.num_blocks * case.num_instances
     return simulate_elastic(
-        Source(case.workload, 0, case.limits.num_blocks * case.num_instances), made_of, pace or CostedGroups(Scaled(COARSE)), transport,
+        Source(case.workload, 0, most), made_of, pace or CostedGroups(Scaled(COARSE)), transport,
         losses=case.losses if losses is None else losses, one_by_one=one_by_one,
     )  # fmt: skip
