@@ -102,7 +102,9 @@ class ElasticInstances:
         arrivals, came = Arrivals(source), False
         while True:
             came |= self._arrive(arrivals)
-            lost = self._bury(self._desk.deaths.popleft()) if self._desk.deaths else -1
+            lost = -1
+            while self._desk.deaths:
+                lost = self._bury(self._desk.deaths.popleft())
             ended = self._settle(arrivals)
             if lost >= 0 or ended or (came and not self._state.in_round):
                 came |= self._arrive(arrivals)
@@ -151,11 +153,6 @@ class ElasticInstances:
 
     def _take_tokens(self, reports: Iterable[Report]) -> None:
         for report in reports:
-            if report.lost:
-                raise RuntimeError(
-                    f"a rank lost the connection to instances {report.lost}, which live; the run "
-                    "ends here, start it again"
-                )
             for request_id, token in report.tokens.items():
                 self._tokens[request_id].append(token)
 

@@ -109,8 +109,8 @@ class RankLoss(NamedTuple):
 
     instance: int
     after_orders: int
-    """Prefills and rounds that it did before."""
+    """Prefills, rounds and moves that it did before."""
     layer: int = 0
-    """Of the model, before which it happens."""
+    """Of the model, before which it happens; 0 of a move: before it."""
     stops: bool = False
     """Whether it is stopped, as by SIGSTOP, and not killed."""

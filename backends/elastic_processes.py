@@ -19,6 +19,8 @@ from sim.steps import Ints
 
 STARVED_S = 60.0
 """A rank that was not heard of for so long is lost, even if it waits for a processor."""
+CUT_OFF_S = 10.0
+"""A rank that others cannot reach is found dead within this time."""
 
 
 class InstanceProcesses(Processes):
@@ -109,6 +111,8 @@ class Desk:
         self._members: dict[int, tuple[int, ...]] = {}
         self._begun: dict[int, set[int]] = {}
         self._done: dict[int, dict[int, Report]] = {}
+        self._cut_off_s: dict[int, float] = {}
+        """Since when an order waits for the news that a rank is dead."""
         self._numbers = 0
 
     def give(self, members: Iterable[int], order_of: Callable[[int], Order]) -> int:
@@ -122,8 +126,23 @@ class Desk:
         return number
 
     def is_done(self, number: int) -> bool:
-        """Whether all members that live have reported."""
-        return not self._missing(number, self._done[number])
+        """Whether all members that live have reported, and all whom they could not reach are dead.
+
+        Raises:
+            RuntimeError: ranks that live cannot reach each other.
+        """
+        if self._missing(number, self._done[number]):
+            return False
+        cut_off = {at for one in self._done[number].values() for at in one.lost}
+        if not cut_off - self._processes.dead:
+            return True
+        since_s = self._cut_off_s.setdefault(number, time.monotonic())
+        if time.monotonic() - since_s > CUT_OFF_S:
+            raise RuntimeError(
+                f"connections to instances {sorted(cut_off)} are broken and they live; the run "
+                "ends here, start it again"
+            )
+        return False
 
     def await_done(self, *numbers: int) -> list[Report]:
         """Wait for the reports of orders; those of all live members."""

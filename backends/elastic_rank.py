@@ -98,7 +98,7 @@ class ElasticRank:
         self._sampler, self._inbox = sampler, inbox
         self._losses = [one for one in losses if one.instance == wires.place]
         self._orders = 0
-        """Prefills and rounds so far."""
+        """Prefills, rounds and moves so far."""
         self._start = 0.0
 
     @torch.inference_mode()
@@ -167,6 +167,7 @@ class ElasticRank:
 
     def _move(self, order: MoveOrder) -> None:
         begin_s = self._begin()
+        self._between(0, [request_id for request_id, _ in order.moves])
         give = order.source == self._wires.place
         for request_id, tokens in order.moves:
             if give:
@@ -230,7 +231,7 @@ class ElasticRank:
         if isinstance(operators, RingPrefill):
             operators.finish()
             keep_s = operators.keep_s
-        self._orders += operators is not None
+        self._orders += 1
         end_s = time.perf_counter() - self._start
         work = Work(wires.place, kind, computed, begin_s, end_s, keep_s, wires.wait_s)
         self._say("done", number, tokens, work)
