@@ -35,7 +35,7 @@ _TAKE_A_VALUE = {
     "-cd": "config_dir", "--config-dir": "config_dir",
 }  # fmt: skip
 
-DROPS = {f"{part}=null": f"~{part}" for part in ("node", "gpu", "cluster")}
+DROPS = {f"{part}=null": f"~{part}" for part in ("node", "gpu", "cluster", "scaling")}
 """A group that is set to null leaves the defaults, which Hydra spells with a tilde."""
 
 

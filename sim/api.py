@@ -12,7 +12,7 @@ from sim.policies.routing.prefix_aware import PrefixAware
 from sim.policies.routing.round_robin import RoundRobin
 from sim.provenance import provenance
 from sim.result import Result
-from sim.scenario import Scenario
+from sim.scenario import Policies, Scenario
 from sim.setup import Setup, check_workload, one_batch_for, prepare
 from sim.summary import summarise
 from sim.trace import Trace
@@ -74,7 +74,7 @@ def _warnings(scenario: Scenario, setup: Setup) -> list[str]:
     used = scenario.tp_size * scenario.pp_size
     first, second = phases(scenario.policy.instance_plan, scenario.num_replicas)
     uses = f"one replica uses {used}"
-    if second:
+    if second or setup.elastic is not None:
         used *= scenario.num_replicas
         uses = f"{scenario.num_replicas} instances use {used}"
     if node is not None and node.num_gpus > used:
@@ -90,7 +90,9 @@ def _warnings(scenario: Scenario, setup: Setup) -> list[str]:
             f"pp_size={scenario.pp_size} stages wait for each other; "
             "engine.batches_in_flight=1 says that this is meant"
         )
-    if len(first) * setup.lanes == 1 and type(routing) is not RoundRobin:
+    if setup.elastic is not None:
+        found += _without_effect_on_elastic(scenario)
+    elif len(first) * setup.lanes == 1 and type(routing) is not RoundRobin:
         what = f"num_prefill={len(first)}" if second else "num_replicas=1"
         found.append(
             f"policy/routing {type(routing).__name__} has no effect with {what}; "
@@ -108,3 +110,14 @@ def _warnings(scenario: Scenario, setup: Setup) -> list[str]:
             f"costed in full, an upper bound (engine.max_model_len={window} forbids them)"
         )
     return found
+
+
+def _without_effect_on_elastic(scenario: Scenario) -> list[str]:
+    """Rules that elastic instances do not ask."""
+    defaults = {"routing": RoundRobin, "batching": type(Policies().batching)}
+    return [
+        f"policy/{family} {type(getattr(scenario.policy, family)).__name__} has no effect with "
+        f"instance plan {type(scenario.policy.instance_plan).__name__}, which decides that itself"
+        for family, default in defaults.items()
+        if type(getattr(scenario.policy, family)) is not default
+    ]
