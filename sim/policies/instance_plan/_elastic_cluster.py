@@ -1,6 +1,6 @@
 """What a plan works on: the instances that it may use now, and what decodes on which."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -67,10 +67,12 @@ class Cluster:
         free = self.free
         return sum([free[at] for at in instances])
 
-    def gangs(self) -> list[Gang]:
-        """By their first batch."""
+    def gangs(self, taken: Collection[int] = ()) -> list[Gang]:
+        """Of batches without KV on the instances that are taken; by their first batch."""
         found: list[Gang] = []
         for number, tokens in self.held.items():
+            if taken and not tokens.keys().isdisjoint(taken):
+                continue
             gang = Gang((number,), self.counts[number], frozenset(tokens))
             if shared := [one for one in found if not one.instances.isdisjoint(tokens)]:
                 found = [one for one in found if one.instances.isdisjoint(tokens)]
@@ -139,39 +141,49 @@ class FutureNeed:
             left: tokens that they may still get, in arrays of the same lengths.
         """
         self.capacity = capacity
-        self._parts = [*stored], [*left]
-        self._most = int(sum(part.sum() for part in [*stored, *left]))
-        self._sorted: tuple[Ints, Ints] | None = None
+        self._stored, self._left = [*stored], [*left]
+        self._most = int(sum([part.sum() for part in [*stored, *left]]))
+        self._sorted: tuple[Ints, Ints, Ints] | None = None
 
     def fits(self, tokens: int, left: int) -> bool:
         """Whether there is room for one more, from its prefill to the end of all."""
         if self._most + tokens + left <= self.capacity:
             return True
-        stored, lefts = self._with(tokens, left)
-        need = np.cumsum(stored) + lefts * np.arange(1, len(lefts) + 1)
-        return int(need.max()) <= self.capacity
+        if self._sorted is None:
+            self._sorted = self._in_order()
+        shorter, before, after = self._sorted
+        place = int(np.searchsorted(shorter, -left, side="right"))
+        own = int(before[place]) + tokens + left * (place + 1)
+        return max(own, int(after[place]) + tokens) <= self.capacity
 
     def add(self, tokens: int, left: int) -> None:
         """Count one more from now on."""
         self._most += tokens + left
-        if self._sorted is None:
-            self._parts[0].append(np.array([tokens]))
-            self._parts[1].append(np.array([left]))
-        else:
-            self._sorted = self._with(tokens, left)
+        self._stored.append(np.array([tokens]))
+        self._left.append(np.array([left]))
+        self._sorted = None
 
-    def _with(self, tokens: int, left: int) -> tuple[Ints, Ints]:
-        if self._sorted is None:
-            none = np.zeros(0, np.int64)
-            stored = np.concatenate([none, *self._parts[0]])
-            lefts = np.concatenate([none, *self._parts[1]])
-            order = np.argsort(-lefts, kind="stable")
-            self._sorted = stored[order], lefts[order]
-        stored, lefts = self._sorted
-        place = int(np.searchsorted(-lefts, -left, side="right"))
-        return np.insert(stored, place, tokens), np.insert(lefts, place, left)
+    def _in_order(self) -> tuple[Ints, Ints, Ints]:
+        """The longest first: minus what may come; stored before each; need from each on.
+
+        That need is with another request that is still there, of no tokens.
+        """
+        stored, left = _whole(self._stored), _whole(self._left)
+        self._stored, self._left = [stored], [left]
+        order = np.argsort(-left, kind="stable")
+        left = left[order]
+        before = np.zeros(len(order) + 1, np.int64)
+        np.cumsum(stored[order], out=before[1:])
+        after = np.zeros(len(order) + 1, np.int64)
+        need = before[1:] + left * np.arange(2, len(order) + 2)
+        after[:-1] = np.maximum.accumulate(need[::-1])[::-1]
+        return -left, before, after
 
 
 def all_of(batches: Sequence[DecodeBatch]) -> tuple[list[Ints], list[Ints]]:
     """Tokens that are stored, and that may come, of all requests of these batches."""
     return [batch.context for batch in batches], [batch.left for batch in batches]
+
+
+def _whole(parts: Sequence[Ints]) -> Ints:
+    return np.concatenate([np.zeros(0, np.int64), *parts])

@@ -163,9 +163,7 @@ class ElasticSp(ElasticPlan):
 
     def _decode(self, now: Cluster, taken: Sequence[int]) -> DecodePlan:
         """A round of all that has no instance among those taken by prefills."""
-        gangs = now.gangs()
-        if taken:
-            gangs = [gang for gang in gangs if gang.instances.isdisjoint(taken)]
+        gangs = now.gangs(taken)
         empty = [at for at in now.open if now.is_empty(at) and at not in taken]
         rules = ScaleRules(self.compute_bound_requests, self.scale_up)
         return plan_decode(gangs, now, empty, rules)
