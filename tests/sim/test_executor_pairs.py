@@ -6,6 +6,7 @@ from source_tree import ROOT, sources
 HELPERS = {
     "alone",
     "stations",
+    "elastic_pace",
     "exact_time",
     "expert_pace",
     "feed",
