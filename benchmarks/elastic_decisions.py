@@ -93,7 +93,7 @@ def gaps(size: tuple[int, int], count: int) -> Figures:
     for _ in range(count):
         lengths, free = case(draws, size)
         exact = partition(lengths, free, base)
-        bounded = partition(lengths, free, base, search=Search.MONOTONE)
+        bounded = partition(lengths, free, base, search=Search.monotone)
         if exact is not None and bounded is not None:
             found.append(max(0.0, bounded.cost / exact.cost - 1))
     gap = np.array(found)
@@ -159,7 +159,9 @@ def main() -> None:
         both = [timed(search, size, options.repeats) / MS for search in Search]
         name = f"{size[0]} requests, {size[1]} instances"
         table.add_row(f"batches of {name} (ms)", *[f"{one:.2f}" for one in both])
-        figures |= {f"{s}_{size[0]}x{size[1]}_ms": t for s, t in zip(Search, both, strict=True)}
+        figures |= {
+            f"{s.value}_{size[0]}x{size[1]}_ms": t for s, t in zip(Search, both, strict=True)
+        }
     for size in (SMALL, LARGE):
         found = gaps(size, options.cases)
         for name, value in found.items():

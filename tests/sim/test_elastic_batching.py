@@ -23,7 +23,7 @@ def cost_of(parts, lengths, base, objective):
             part.instance_stop - part.instance, sum(batch), sum(one * one for one in batch)
         )
         weight = {"normalised": sum(1 / one for one in batch), "summed": len(batch)}
-        total += took_s * weight[objective]
+        total += took_s * weight[objective.value]
     return total
 
 
@@ -122,7 +122,7 @@ def test_the_monotone_version_misses_the_least_where_its_inequality_fails():
         lengths = sorted(draws.integers(10, 100_000, 8).tolist(), reverse=True)
         free = sorted(draws.integers(100_000, 210_000, 4).tolist(), reverse=True)
         exact = partition(lengths, free, base)
-        bounded = partition(lengths, free, base, search=Search.MONOTONE)
+        bounded = partition(lengths, free, base, search=Search.monotone)
         if exact is not None and bounded is not None:
             missed += bounded.cost > exact.cost * (1 + 1e-9)
     assert missed
@@ -140,12 +140,12 @@ def linear():
 
 def test_two_equal_requests_run_apart_where_degree_gains_nothing():
     """Together: (1 + 2) s for both. Apart: (1 + 1) s each."""
-    found = partition([1, 1], [9, 9], linear(), Objective.SUMMED)
+    found = partition([1, 1], [9, 9], linear(), Objective.summed)
     assert found == (4.0, ((0, 1, 0, 1), (1, 2, 1, 2)))
 
 
 def test_one_that_needs_two_instances_takes_the_freest():
-    found = partition([10, 1], [6, 5, 1], linear(), Objective.SUMMED)
+    found = partition([10, 1], [6, 5, 1], linear(), Objective.summed)
     assert found is not None
     assert found.parts == ((0, 1, 0, 2), (1, 2, 2, 3))
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sim.engine import ReplicaLimits
+from sim.policies.instance_plan._elastic_batching import Objective, Search
 from sim.policies.instance_plan._elastic_cluster import FutureNeed
 from sim.policies.instance_plan._elastic_dispatch import ever_fits
 from sim.policies.instance_plan.elastic_sp import ElasticSp
@@ -131,8 +132,8 @@ PLANS = st.one_of(
         decode_round_s=st.sampled_from([0.0, 0.022, 1.0]),
         max_prefill_s=st.sampled_from([0.0, 0.05, 5.0]),
         max_out_of_order=st.integers(0, 3),
-        batching=st.sampled_from(["exact", "monotone"]),
-        objective=st.sampled_from(["normalised", "summed"]),
+        batching=st.sampled_from(Search),
+        objective=st.sampled_from(Objective),
         scale_up=st.booleans(),
         scale_down_decode=st.booleans(),
         migration_s_per_token=st.sampled_from([0.0, 1e-6, 1.0]),
@@ -356,7 +357,6 @@ def test_the_static_group_is_everybody_and_shares_kv_equally():
         ({"attempt_every": 0}, "attempt_every=0 must be at least 1"),
         ({"max_out_of_order": -1}, "0 keeps the order of arrival"),
         ({"max_prefill_s": -1.0}, "max_prefill_s=-1.0 must not be negative"),
-        ({"batching": "greedy"}, "greedy"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(wrong, words):

@@ -11,7 +11,7 @@ where the tokens of j..i must fit the free slots of the last c of the k instance
 """
 
 from collections.abc import Sequence
-from enum import StrEnum
+from enum import Enum
 from math import inf
 from typing import NamedTuple, cast
 
@@ -26,21 +26,21 @@ SMALL = 2500
 """Sums up to so many are tried one by one: numpy's calls would take longer."""
 
 
-class Objective(StrEnum):
-    """What a partition makes least."""
+class Objective(Enum):
+    """What a partition makes least. Member names are what the command line takes."""
 
-    NORMALISED = "normalised"
+    normalised = "normalised"
     """Sum of input latency over length: the released code."""
-    SUMMED = "summed"
+    summed = "summed"
     """Sum of input latency: the paper's equation 5."""
 
 
-class Search(StrEnum):
-    """How the least is looked for."""
+class Search(Enum):
+    """How the least is looked for. Member names are what the command line takes."""
 
-    EXACT = "exact"
+    exact = "exact"
     """Every partition counts. O(E^2 R log R): for fixed k and c the sums are a Monge matrix."""
-    MONOTONE = "monotone"
+    monotone = "monotone"
     """Splits are bounded by their neighbours': the paper's equation 6. It may miss the least: the
     quadrangle inequality that it rests on does not hold in k."""
 
@@ -75,7 +75,7 @@ class _Sums:
         for length in lengths:
             self.tokens.append(self.tokens[-1] + length)
             self.squares.append(self.squares[-1] + length * length)
-            weight = 1.0 if objective is Objective.SUMMED else 1 / length
+            weight = 1.0 if objective is Objective.summed else 1 / length
             self.weights.append(self.weights[-1] + weight)
         self.room = [0]
         for slots in free:
@@ -84,7 +84,7 @@ class _Sums:
 
 def partition(
     lengths: Sequence[int], free: Sequence[int], scaling: ScalingBase,
-    objective: Objective = Objective.NORMALISED, search: Search = Search.EXACT,
+    objective: Objective = Objective.normalised, search: Search = Search.exact,
 ) -> Partition | None:  # fmt: skip
     """The best partition on any number of the instances, the first ones; None: none fits.
 
@@ -98,7 +98,7 @@ def partition(
     if not lengths or not free:
         return None
     sums = _Sums(lengths, free, scaling, objective)
-    if search is Search.MONOTONE:
+    if search is Search.monotone:
         cost, split, degree = _monotone(sums)
     elif sums.num_requests**2 * sums.num_instances * sums.degrees <= 4 * SMALL:
         cost, split, degree = _one_by_one(sums)

@@ -131,7 +131,8 @@ class Scan:
     def run(self) -> Chosen:
         """Walk the queue."""
         passed: list[int] = []
-        for place, request in enumerate(islice(self.view.waiting, self.rules.max_scanned)):
+        waiting = self.view.waiting
+        for place, request in enumerate(islice(waiting, self.rules.max_scanned)):
             if self.both.num_requests >= self.seats:
                 break
             if not ever_fits(request, self.view):
@@ -143,7 +144,7 @@ class Scan:
         admitted = sorted([*self.taken, *self.doubtful[: self.worth]])
         passed += self.doubtful[self.worth :]
         in_order = not admitted or all([place > admitted[-1] for place in passed])
-        return Chosen([self.view.waiting[place] for place in admitted], in_order)
+        return Chosen([waiting[place] for place in admitted], in_order)
 
     def _take(self, place: int, request: RequestView) -> bool:
         """Whether it is among the chosen or the doubtful now."""

@@ -83,9 +83,9 @@ class ElasticSp(ElasticPlan):
     """Admissions in a row that may pass over an earlier request. The paper's runs: 1 to 64."""
     max_scanned: int = 256
     """Requests of the queue that one attempt looks at; the released code looks at all."""
-    batching: Search = Search.EXACT
+    batching: Search = Search.exact
     """How batches of a prefill are found; monotone: with the paper's bounds, which may miss."""
-    objective: Objective = Objective.NORMALISED
+    objective: Objective = Objective.normalised
     """What batches make least: normalised input latency as the released code, or summed input
     latency as the paper."""
     scale_up: bool = True
@@ -109,7 +109,6 @@ class ElasticSp(ElasticPlan):
                 f"max_out_of_order={self.max_out_of_order} must not be negative; 0 keeps the "
                 "order of arrival"
             )
-        self.batching, self.objective = Search(self.batching), Objective(self.objective)
 
     def init(self) -> Memory:
         """A fresh memory."""
@@ -121,9 +120,9 @@ class ElasticSp(ElasticPlan):
             del memory.prefills[group]
         if view.in_round:
             return self._beside(memory, view) if view.waiting else NOTHING
-        now = look(view)
+        now, num_waiting = look(view), len(view.waiting)
         placed = None
-        if view.waiting and self._is_due(memory, view, now):
+        if num_waiting and self._is_due(memory, view, now):
             memory.attempt = view.rounds
             placed = self._admitted(memory, view, now)
         if placed is None:
@@ -132,7 +131,7 @@ class ElasticSp(ElasticPlan):
         if placed.decode.short and not placed.prefills and not view.prefilling:
             preempt, decode = without_latest(view, now, lambda fewer: self._decode(fewer, ()))
             placed = placed._replace(decode=decode)
-        left = len(view.waiting) - sum([len(one.request_ids) for one in placed.prefills])
+        left = num_waiting - sum([len(one.request_ids) for one in placed.prefills])
         self._stand(memory, view, placed.decode, left + len(preempt))
         return Step(
             preempt, tuple(placed.migrations), tuple(placed.prefills), tuple(placed.decode.groups)
