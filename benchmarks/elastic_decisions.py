@@ -2,8 +2,7 @@
 
 The dynamic programme that forms batches (LoongServe, section 5.3), exact and with the paper's
 bounds: time by requests and instances, and over random cases how often and by how much the
-bounded one misses the least. The published overhead is below 10 ms a decision. Then a whole
-decision at the end of a round, and one that admits. The scaling base is that of the study.
+bounded one misses the least. Then whole decisions at the end of a round, with none or some waiting.
 
     python benchmarks/elastic_decisions.py [--cases 300] [--repeats 9]
 """
@@ -120,7 +119,7 @@ class View:
 
     def __post_init__(self) -> None:
         self.batches = [batch(number) for number in range(3)]
-        self.free_slots = SLOTS - sum([one.tokens for one in self.batches])
+        self.free_slots = SLOTS - np.sum([one.tokens for one in self.batches], axis=0)
 
     def given_up(self, request_id: int) -> np.ndarray:
         """Nobody is pre-empted here."""
