@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from sim.engine import ReplicaLimits
 from sim.policies.instance_plan._elastic_batching import Objective, Search
-from sim.policies.instance_plan._elastic_cluster import FutureNeed
+from sim.policies.instance_plan._elastic_cluster import Cluster, FutureNeed, Gang
 from sim.policies.instance_plan._elastic_dispatch import ever_fits
+from sim.policies.instance_plan._elastic_scaling import ScaleRules, plan_decode
 from sim.policies.instance_plan.elastic_sp import ElasticSp
 from sim.policies.instance_plan.static_sp import StaticSp
 from sim.requests import RequestView
@@ -362,3 +363,36 @@ def test_the_static_group_is_everybody_and_shares_kv_equally():
 def test_settings_that_mean_nothing_are_refused(wrong, words):
     with pytest.raises(ValueError, match=words):
         ElasticSp(**wrong)
+
+
+@given(
+    st.integers(1, 700),
+    st.lists(st.integers(0, 3000), min_size=1, max_size=4),
+    st.sampled_from([1, 50, 128]),
+)
+@settings(max_examples=100)
+def test_masters_stay_for_as_many_rounds_as_a_plan_says(count, used, bound):
+    """Told round by round on one batch whose members fill as it decodes."""
+    now = Cluster(4000, [4000 - one for one in used] + [4000] * (4 - len(used)), [], {}, {})
+    now.open = list(range(4))
+    members = frozenset(range(len(used)))
+    spare = list(range(len(used), 4))
+    first = plan_decode([Gang((0,), count, members)], now, spare, ScaleRules(bound, True))
+    for _ in range(min(first.rounds, 25) if first.groups else 0):
+        held = members | {at for at, _ in first.groups[0].masters}
+        spare = [at for at in spare if at not in held]
+        again = plan_decode([Gang((0,), count, held)], now, spare, ScaleRules(bound, True))
+        assert again.groups[0].masters == first.groups[0].masters
+        for at, size in first.groups[0].masters:
+            now.free[at] -= size
+            assert now.free[at] >= 0
+        members = held
+
+
+def test_a_prefill_keeps_off_the_instances_of_a_batch_that_is_paused_for_another():
+    """Otherwise prefills that overlap could keep it from decoding for ever."""
+    place = with_batch(big(), 2, [0, 1], 1_000)
+    place.arrive(request(9, 1_000, 100), 10)
+    running = Job(request(8, 1_000, 9), 9, 0, np.array([0, 1_000, 0, 0]))
+    place.running.append((Prefill((8,), (1,), ((1, 1_000),)), [running]))
+    assert first_step(ElasticSp(), place).prefill[0].instances == (2, 3)
