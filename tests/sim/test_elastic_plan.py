@@ -391,8 +391,13 @@ def test_masters_stay_for_as_many_rounds_as_a_plan_says(count, used, bound):
 
 def test_a_prefill_keeps_off_the_instances_of_a_batch_that_is_paused_for_another():
     """Otherwise prefills that overlap could keep it from decoding for ever."""
-    place = with_batch(big(), 2, [0, 1], 1_000)
-    place.arrive(request(9, 1_000, 100), 10)
+    place = with_batch(with_batch(big(), 2, [0, 1], 1_000), 1, [0], 1_000, generated=900)
+    place.arrive(request(9, 450_000, 100), 10)
+    free = deepcopy(place)
     running = Job(request(8, 1_000, 9), 9, 0, np.array([0, 1_000, 0, 0]))
     place.running.append((Prefill((8,), (1,), ((1, 1_000),)), [running]))
-    assert first_step(ElasticSp(), place).prefill[0].instances == (2, 3)
+    plan = ElasticSp(decode_round_s=1e3)
+    step = first_step(plan, place)
+    assert not step.prefill, "450,000 tokens do not fit two instances"
+    assert [group.batches for group in step.decode] == [(1,)]
+    assert first_step(plan, free).prefill, "and do when nothing is paused for another"
