@@ -54,6 +54,7 @@ class _Running(NamedTuple):
 
     order: int
     members: tuple[int, ...]
+    request_ids: Sequence[int]
 
 
 class ElasticInstances:
@@ -133,7 +134,7 @@ class ElasticInstances:
         for lane, one in list(self._prefills.items()):
             if self._desk.is_done(one.order) and not self._desk.deaths:
                 del self._prefills[lane]
-                self._take_tokens(self._desk.take(one.order))
+                self._take_tokens(one, self._desk.take(one.order))
                 _, done = self._state.end_prefill(lane)
                 now_s = self._now_s()
                 self.log.prefill_ended(lane, now_s)
@@ -141,8 +142,9 @@ class ElasticInstances:
                 ended = True
         orders = [one.order for one in self._round]
         if orders and all(map(self._desk.is_done, orders)) and not self._desk.deaths:
+            for one in self._round:
+                self._take_tokens(one, self._desk.take(one.order))
             self._round = []
-            self._take_tokens(self._desk.await_done(*orders))
             self._state.pass_rounds(1)
             done = self._state.end_round()
             now_s = self._now_s()
@@ -151,10 +153,15 @@ class ElasticInstances:
             ended = True
         return ended
 
-    def _take_tokens(self, reports: Iterable[Report]) -> None:
-        for report in reports:
-            for request_id, token in report.tokens.items():
-                self._tokens[request_id].append(token)
+    def _take_tokens(self, running: _Running, reports: Iterable[Report]) -> None:
+        came = {one: token for report in reports for one, token in report.tokens.items()}
+        if missing := set(running.request_ids) - set(came):
+            raise RuntimeError(
+                f"instances {running.members} computed no token for requests {sorted(missing)}: "
+                "logits are not numbers; check the weights"
+            )
+        for request_id, token in came.items():
+            self._tokens[request_id].append(token)
 
     def _finish(self, done: Sequence[Left], now_s: float, arrivals: Arrivals) -> None:
         self.log.finished(done, now_s)
@@ -243,7 +250,7 @@ class ElasticInstances:
                 plan.instances, tuple(map(tuple, kept)),
             ),
         )  # fmt: skip
-        self._prefills[plan.instances[0]] = _Running(order, plan.instances)
+        self._prefills[plan.instances[0]] = _Running(order, plan.instances, plan.request_ids)
         self._desk.await_begun(order)
 
     def _begin_round(self, plans: Sequence[DecodeGroup]) -> None:
@@ -256,7 +263,8 @@ class ElasticInstances:
                 return DecodeOrder(number, parts)
 
             order = self._desk.give(group.instances, order_of)
-            self._round.append(_Running(order, group.instances))
+            ids: list[int] = group.request_ids.tolist()
+            self._round.append(_Running(order, group.instances, ids))
 
     def _mini_batches(self, group: Group) -> Iterable[MiniBatch]:
         ids, first = group.request_ids.tolist(), 0

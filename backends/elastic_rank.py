@@ -163,6 +163,10 @@ class ElasticRank:
     def _sample(
         self, logits: Tensor, ids: Sequence[int], positions: Sequence[int]
     ) -> dict[int, int]:
+        """The next tokens; none from what a lost rank left undone, which is not a number."""
+        self._wires.flush()
+        if self._wires.lost or not bool(logits.isfinite().all()):
+            return {}
         return dict(zip(ids, self._sampler(logits, ids, positions), strict=True))
 
     def _move(self, order: MoveOrder) -> None:

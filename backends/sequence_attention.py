@@ -14,8 +14,8 @@ from torch import Tensor
 
 State = tuple[Tensor, Tensor]
 """Of a prefill: output float32 [tokens, heads, head_dim] so far, and lse float32 [tokens, heads]"""
-MOST_SCORES = 1 << 24
-"""Scores of one request and all heads at once; more queries are computed in pieces."""
+MOST_SCORES = 1 << 20
+"""Scores of one request and all heads at once: they stay near the core. Queries go in pieces."""
 
 
 def part_decode_attention(
@@ -83,8 +83,8 @@ def striped_prefill_attention(  # noqa: PLR0913, PLR0917  the launcher's own arg
         query: [tokens, heads, head_dim].
         key: [kv_tokens, kv_heads, head_dim].
         value: as `key`.
-        query_positions: int32 [tokens], each in its request.
-        key_positions: int32 [kv_tokens].
+        query_positions: int32 [tokens], each in its request, in order.
+        key_positions: int32 [kv_tokens], in order too.
         query_starts: int32 [requests + 1], where the queries of each request begin, then their end.
         key_starts: int32 [requests + 1], the same of the keys.
         scale: of the scores.
@@ -98,9 +98,13 @@ def striped_prefill_attention(  # noqa: PLR0913, PLR0917  the launcher's own arg
         step = max(MOST_SCORES // (heads * (last - first)), 1)
         for at in range(begin, end, step):
             rows = slice(at, min(at + step, end))
+            # Later keys are hidden from all of these queries.
             seen = key_positions[None, first:last] <= query_positions[rows, None]
-            part = _attend(query[rows], key[first:last], value[first:last], seen, scale)
-            _merge(state, rows, part)
+            keys = slice(first, first + int(seen[-1].sum()))
+            if keys.start < keys.stop:
+                seen = seen[:, : keys.stop - first]
+                part = _attend(query[rows], key[keys], value[keys], seen, scale)
+                _merge(state, rows, part)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> State:

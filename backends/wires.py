@@ -1,13 +1,15 @@
-"""Messages between ranks that may be lost: who waits for one that died goes on with zeros.
+"""Messages between ranks that may be lost: who waits for one that died goes on with NaN.
 
 The message pattern of an iteration stays whole whoever dies in it, so that nobody waits for ever:
-whoever cannot hear or reach another notes it and computes on, and what came of it is thrown away by
-whoever gave the order. Over NCCL a rank that waits for a dead one does not come back.
+whoever cannot hear or reach another notes it and computes on. All that comes of it is not a number,
+on other ranks too, and is thrown away. Over NCCL a rank that waits for a dead one does not come
+back.
 """
 
 from __future__ import annotations
 
 import time
+from math import nan
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +78,7 @@ class Wires:
         return Posted(work, tensor, source)
 
     def receive(self, posted: Posted) -> Tensor:
-        """What came; zeros from a rank that is lost."""
+        """What came; NaN, or 0 where there is none, from a rank that is lost."""
         if not posted.tensor.numel():
             return posted.tensor
         begin_s = time.perf_counter()
@@ -86,7 +88,7 @@ class Wires:
             posted.work.wait()
         except RuntimeError:
             self.lost.add(posted.source)
-            posted.tensor.zero_()
+            posted.tensor.fill_(nan if posted.tensor.is_floating_point() else 0)
         self.wait_s += time.perf_counter() - begin_s
         return posted.tensor
 

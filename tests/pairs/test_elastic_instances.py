@@ -14,10 +14,12 @@ from backends.reference import KeepLogits, OneRank
 from backends.serving import open_model, use_one_thread
 from backends.tokenizer import prompt_token_ids
 from backends.weights import TINY_CONFIG
+from sim.decision_rows import expand
 from sim.engine import ReplicaLimits
 from sim.metrics import request_times, token_times
 from sim.steps import DecodeGroup, Migration, Prefill, Step
 from sim.trace import State
+from sim.trace_merge import of_replica
 from sim.workload.recorded import Recorded
 
 TOLERANCE = 1e-4
@@ -158,6 +160,11 @@ def test_the_trace_has_every_token_and_the_work_has_every_prefill(splits):
         at = token_times(served[0], request_id)
         assert len(at) == answer
         assert (np.diff(at) > 0).all()
+    lanes = [expand(of_replica(served[0], lane)) for lane in range(5)]
+    computed = Counter()
+    for decision in (one for lane in lanes for one in lane):
+        computed.update(decision.tokens)
+    assert computed == {at: prompt + answer - 1 for at, (prompt, answer) in enumerate(LENGTHS)}
     prefills = [one for one in splits[1].work if one.kind == "prefill"]
     assert len(prefills) == sum(len(case.ring) for case in SPLITS)
     assert sum(one.tokens for one in prefills) == sum(prompt for prompt, _ in LENGTHS)
@@ -288,6 +295,30 @@ def test_a_request_whose_kv_was_lost_on_its_way_begins_anew():
     served = serve_elastic(run_of(2, plan, FEW[:2], losses=(RankLoss(0, 1),)))
     require_same_numbers(served, FEW[:2], requests_lost=True)
     assert served.tables.steps["lost"].max() == 0
+
+
+def apart(view):
+    """The first request on instance 0, the second on 1 and 2."""
+    one = Prefill((0,), (0,), ((0, FEW[0][0]),))
+    return Step(prefill=(one, Prefill((1,), (1, 2), ((1, 5), (2, FEW[1][0] - 5)))))
+
+
+def each_in_its_group(view):
+    if not idle(view) or len(view.batches) < 2:
+        return None
+    numbers = {int(one.request_ids[0]): one.number for one in view.batches}
+    one, two = DecodeGroup((numbers[0],), (0,), ((0, 1),)), (1, 2)
+    return Step(decode=(one, DecodeGroup((numbers[1],), two, ((1, 1),))))
+
+
+def test_a_round_goes_on_for_the_groups_that_lost_nobody():
+    plan = Steps(steps=[apart, each_in_its_group])
+    served = serve_elastic(run_of(3, plan, FEW[:2], losses=(RankLoss(2, 1, 1),)))
+    require_same_numbers(served, FEW[:2], requests_lost=True)
+    events = served.trace.events
+    assert events["request"][events["state"] == State.lost].tolist() == [1]
+    admitted = events["request"][events["state"] == State.admitted]
+    assert sorted(admitted.tolist()) == [0, 1, 1]
 
 
 def test_the_last_instance_that_is_lost_ends_the_run():
