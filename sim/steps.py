@@ -80,8 +80,10 @@ class Step(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """How long the round of a step is repeated, without asking. Completions and the end of a prefill
-    always end that, at the next boundary."""
+    """How long the round of a step is repeated, without asking.
+
+    Completions and the end of a prefill always end that, at the next boundary.
+    """
 
     rounds: int = 1
     """At most so many. A master must have room for all of them."""
