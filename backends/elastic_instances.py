@@ -86,6 +86,8 @@ class ElasticInstances:
         self._round: list[_Running] = []
         self._doomed: list[int] = []
         """Requests at rest whose KV was lost on its way."""
+        self._again = False
+        """Whether the plan is asked again at once: its last step began nothing."""
         self._start = 0.0
 
     def serve(self, source: Source, start: float) -> None:
@@ -107,7 +109,7 @@ class ElasticInstances:
             while self._desk.deaths:
                 lost = self._bury(self._desk.deaths.popleft())
             ended = self._settle(arrivals)
-            if lost >= 0 or ended or (came and not self._state.in_round):
+            if lost >= 0 or ended or self._again or (came and not self._state.in_round):
                 came |= self._arrive(arrivals)
                 self._ask(lost)
                 came = False
@@ -201,7 +203,7 @@ class ElasticInstances:
         Raises:
             ValueError: it breaks its rules.
         """
-        now_s = self._now_s()
+        now_s, self._again = self._now_s(), False
         step = self._plan.step(self._memory, self._state)
         self.log.asked(now_s, step, lost)
         try:
@@ -224,6 +226,8 @@ class ElasticInstances:
             self._begin_prefill(begun)
         if step.decode:
             self._begin_round(step.decode)
+        moved = step.preempt or step.migrate
+        self._again = bool(moved and not step.prefill and not step.decode)
 
     def _migrate(self, plan: Migration) -> None:
         moved, begin_s = self._state.migrate(plan), self._now_s()

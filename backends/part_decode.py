@@ -15,8 +15,9 @@ from torch import Tensor
 
 from backends.elastic_orders import DecodeOrder, MiniBatch
 from backends.forward_batch import ForwardBatch
+from backends.kernels.merge_parts import merge_parts
 from backends.kernels.paged import KvCache
-from backends.sequence_attention import merge_parts, part_decode_attention
+from backends.kernels.part_decode_attention import part_decode_attention
 from backends.slot_pool import SlotPool
 from backends.transformer import Transformer
 from backends.turning import Turning, batch_of

@@ -19,7 +19,11 @@ from torch import Tensor
 from backends.elastic_orders import PrefillOrder
 from backends.forward_batch import ForwardBatch
 from backends.kernels.paged import KvCache
-from backends.sequence_attention import new_state, striped_prefill_attention
+from backends.kernels.striped_prefill_attention import (
+    Stripe,
+    new_state,
+    striped_prefill_attention,
+)
 from backends.slot_pool import SlotPool
 from backends.transformer import Transformer
 from backends.turning import Turning, batch_of
@@ -84,8 +88,9 @@ class RingPrefill(Turning):
         self._stripes = [Stripes.of(at, size, lengths) for at in range(size)]
         self.own = self._stripes[self._place]
         super().__init__(model, torch.from_numpy(self.own.positions))
-        self._positions = [self._int32(one.positions) for one in self._stripes]
-        self._starts = [torch.from_numpy(one.starts.astype(np.int32)) for one in self._stripes]
+        self._blocks = [
+            Stripe(self._int32(one.positions), self._int32(one.starts)) for one in self._stripes
+        ]
         self._kept = self._keep_plan(pool, order)
         self._key = self._value = self._no_rows()
         self.keep_s = 0.0
@@ -118,14 +123,14 @@ class RingPrefill(Turning):
             owner = (place - turn) % size
             following = self._begin_turn(block, turn)
             striped_prefill_attention(
-                query, block[0], block[1], self._positions[place], self._positions[owner],
-                self._starts[place], self._starts[owner], self.scale, state,
+                query, (block[0], block[1]), self._blocks[place], self._blocks[owner],
+                self.scale, state,
             )  # fmt: skip
             self._keep(block, owner, cache)
             if following is not None:
                 block = wires.receive(following)
             wires.flush()
-        return state[0].to(query.dtype)
+        return state.output.to(query.dtype)
 
     def pass_on(self, cache: KvCache) -> None:
         """What a member does in a layer that has no token of its own."""
@@ -189,8 +194,8 @@ class RingPrefill(Turning):
             plan.append(_Kept(index.to(device), into.to(device)))
         return plan
 
-    def _int32(self, positions: Ints) -> Tensor:
-        return torch.from_numpy(positions.astype(np.int32)).to(self._model.device)
+    def _int32(self, numbers: Ints) -> Tensor:
+        return torch.from_numpy(numbers.astype(np.int32)).to(self._model.device)
 
     def _no_rows(self, heads: int | None = None) -> Tensor:
         model = self._model

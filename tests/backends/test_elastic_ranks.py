@@ -1,14 +1,10 @@
 """What ranks of elastic instances are made of: slots, stripes, parts of attention."""
 
-import math
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.functional import scaled_dot_product_attention
 
 from backends.checkpoints import runnable_architecture
 from backends.corruption import Corruption
@@ -16,35 +12,10 @@ from backends.elastic_orders import DropOrder, EndOrder, PrefillOrder
 from backends.elastic_rank import OrderInbox
 from backends.processes import process_context
 from backends.ring_attention import Stripes, kept_positions
-from backends.sequence_attention import (
-    merge_parts,
-    new_state,
-    part_decode_attention,
-    striped_prefill_attention,
-)
 from backends.slot_pool import SlotPool
 from backends.weights import TINY_CONFIG
 
 CONFIG = runnable_architecture(TINY_CONFIG, "config")
-HEADS, KV_HEADS, DIM = 6, 3, 5
-SCALE = DIM**-0.5
-
-
-def heads_of(seed, tokens):
-    """Query, key and value of so many tokens, float32."""
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(
-        torch.randn((tokens, heads, DIM), generator=generator)
-        for heads in (HEADS, KV_HEADS, KV_HEADS)
-    )
-
-
-def causal(query, key, value):
-    """Of all tokens of one request at once, by torch."""
-    parts = (part.transpose(0, 1)[None] for part in (query, key, value))
-    return scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
-
-
 lengths_of = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 
 
@@ -73,61 +44,6 @@ def test_what_is_kept_is_every_token_once_in_the_order_of_the_targets(lengths, d
         assert [position for home, _ in placed[at] for position in mine[home]] == list(
             range(length)
         )
-
-
-@given(lengths_of, st.integers(1, 4), st.integers(0, 99))
-def test_a_ring_of_any_size_gives_causal_attention(lengths, size, seed):
-    whole = [heads_of(seed + at, length) for at, length in enumerate(lengths)]
-    stripes = [Stripes.of(place, size, lengths) for place in range(size)]
-
-    def rows(part, one):
-        return torch.cat(
-            [
-                whole[at][part][one.positions[one.starts[at] : one.starts[at + 1]]]
-                for at in range(len(lengths))
-            ]
-        )
-
-    for mine in stripes:
-        state = new_state(len(mine.positions), HEADS, DIM, "cpu")
-        for other in stripes:
-            positions = (torch.from_numpy(one.positions).int() for one in (mine, other))
-            starts = (torch.from_numpy(one.starts).int() for one in (mine, other))
-            striped_prefill_attention(
-                rows(0, mine), rows(1, other), rows(2, other), *positions, *starts, SCALE, state
-            )
-        for at, parts in enumerate(whole):
-            span = slice(mine.starts[at], mine.starts[at + 1])
-            expected = causal(*parts)[mine.positions[span]]
-            torch.testing.assert_close(state[0][span], expected, atol=1e-5, rtol=1e-5)
-
-
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(1, 3), st.data())
-def test_parts_of_a_context_merge_to_attention_over_all_of_it(contexts, num_parts, data):
-    total = sum(contexts)
-    query = heads_of(1, len(contexts))[0]
-    _, key, value = heads_of(2, total)
-    starts = np.cumsum([0, *contexts])
-    home = data.draw(st.lists(st.integers(0, num_parts - 1), min_size=total, max_size=total))
-    found = []
-    for part in range(num_parts):
-        slots = [
-            [token for token in range(begin, end) if home[token] == part]
-            for begin, end in pairwise(starts)
-        ]
-        flat = torch.tensor([one for row in slots for one in row], dtype=torch.int64)
-        ends = torch.tensor(np.cumsum([0, *map(len, slots)]), dtype=torch.int32)
-        output, lse = part_decode_attention(query, key, value, flat, ends, SCALE)
-        empty = [not row for row in slots]
-        assert (output[empty] == 0).all()
-        assert (lse[empty] == -math.inf).all()
-        found.append((output, lse))
-    merged = merge_parts(*map(torch.stack, zip(*found, strict=True)), torch.float32)
-    for row, (begin, end) in enumerate(pairwise(starts)):
-        parts = (query[row][None], key[begin:end], value[begin:end])
-        heads = [part.transpose(0, 1)[None] for part in parts]
-        expected = scaled_dot_product_attention(*heads, enable_gqa=True)[0, :, 0]
-        torch.testing.assert_close(merged[row], expected, atol=1e-5, rtol=1e-5)
 
 
 @given(st.lists(st.tuples(st.sampled_from("afg"), st.integers(0, 3), st.integers(1, 7))))
