@@ -91,7 +91,7 @@ NEVER = 1.4
 class Outcome(NamedTuple):
     """One run."""
 
-    latencies: tuple[float, float, float]
+    latencies: tuple[float, ...]
     """Per token, of the input and of the output, in seconds: means over all requests."""
     missed: float
     """Share of the requests that miss the SLO in proportion to their length."""
@@ -345,7 +345,9 @@ def main() -> None:
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("searching rates", total=len(wanted))
         run = Parallel(n_jobs=options.workers, return_as="generator_unordered")
-        for key, found in run(delayed(_searched)(*item) for item in wanted.items()):
+        searched = run(delayed(_searched)(*item) for item in wanted.items())
+        assert searched is not None
+        for key, found in searched:
             rates[key] = found
             progress.advance(task)
     shown: dict[int, Callable[[], None]] = {
