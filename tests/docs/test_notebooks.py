@@ -17,6 +17,10 @@ TOY = {
         "NUM_LAYERS": 6, "SHARES": [0.1, 0.6], "MODELS": ["mixtral_8x22b"],
         "ATTENTION_NODES": [1, 2], "SKEWS": [1.0], "NUM_REQUESTS": 60,
     },
+    "what_does_elasticity_buy": {
+        "NUM_REQUESTS": 40, "WATCHED": 20, "ALPHA": "1_4", "BUSY_RATE": 4.0, "RATES": [2.0, 6.0],
+        "SYSTEMS": ["elastic_sp", "static_sp"],
+    },
     "what_does_a_knowledge_cache_save": {
         "HOST_GIB": [8, 16], "RATES": [0.4, 0.8], "SEEDS": [0], "NUM_REQUESTS": 150,
         "BUSY_RATE": 0.8,
