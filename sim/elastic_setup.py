@@ -11,7 +11,7 @@ from sim.costs.fitted import Fitted
 from sim.costs.link_collectives import LinkCollectives
 from sim.costs.scaled import ScaledIteration
 from sim.elastic_profile import profiled_base
-from sim.engine import ReplicaLimits
+from sim.engine import Engine, ReplicaLimits
 from sim.models.architecture import Architecture
 from sim.node_choice import node_of
 from sim.placement import place
@@ -47,6 +47,19 @@ def is_elastic(scenario: Scenario) -> bool:
     return isinstance(scenario.policy.instance_plan, ElasticPlan)
 
 
+def require_slots(engine: Engine) -> None:
+    """Refuse blocks of several tokens.
+
+    Raises:
+        ValueError: elastic instances keep KV of whole tokens anywhere.
+    """
+    if engine.block_size != 1:
+        raise ValueError(
+            f"engine.block_size={engine.block_size} must be 1: elastic instances keep KV of single "
+            "tokens anywhere; set engine.block_size=1, and engine.num_blocks in tokens"
+        )
+
+
 def prepare_elastic(
     scenario: Scenario, architecture: Architecture, limits: ReplicaLimits, cost: StagedCost,
     kv_bytes_per_token: int,
@@ -61,14 +74,9 @@ def prepare_elastic(
         kv_bytes_per_token: of all layers and ranks.
 
     Raises:
-        ValueError: blocks of several tokens, or what elastic instances are not combined with.
+        ValueError: what elastic instances are not combined with.
     """
     _refuse_others(scenario, cost)
-    if limits.block_size != 1:
-        raise ValueError(
-            f"engine.block_size={limits.block_size} must be 1: elastic instances keep KV of whole "
-            "tokens anywhere; set engine.block_size=1"
-        )
     groups: ElasticCost
     if isinstance(cost, ScaledIteration):
         groups = Scaled(cost.base)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sim.cost_choice import cost_of
 from sim.costs.base import StagedCost
-from sim.elastic_setup import ElasticSetup, is_elastic, prepare_elastic
+from sim.elastic_setup import ElasticSetup, is_elastic, prepare_elastic, require_slots
 from sim.engine import Engine, ReplicaLimits
 from sim.engine_profiles import batch_limits
 from sim.expert_setup import (
@@ -66,6 +66,8 @@ def prepare(scenario: Scenario) -> Setup:
     require_parallel(architecture, scenario.tp_size, scenario.pp_size)
     device = device_of(scenario.machine, scenario.gpu)
     max_tokens = _context(scenario.engine, architecture)
+    if is_elastic(scenario):
+        require_slots(scenario.engine)
     lanes = lanes_of_replica(scenario)
     limits = lane_limits(_limits(scenario, architecture, device), lanes)
     cost = cost_of(scenario, architecture, device)
