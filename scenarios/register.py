@@ -29,6 +29,8 @@ RECORD = "diptych_study"
 """The typed record behind it, under a name that no study of a user's own is likely to take."""
 
 _folders: list[Path] = []
+_registered: list[list[tuple[str, int]]] = []
+"""What Hydra was last told, as `_rule_files` says it; nothing where that is not known."""
 
 
 class DiptychSearchPath(SearchPathPlugin):
@@ -44,6 +46,10 @@ class DiptychSearchPath(SearchPathPlugin):
 def register(folders: Sequence[Path] = ()) -> None:
     """Make all groups known; calling it again replaces what an earlier call made known.
 
+    Telling Hydra takes as long as composing a study does, so that it is told again only where a
+    file of the user's own came, went or was edited: shipped rules do not change while a program
+    runs.
+
     Args:
         folders: the user's own, see `scenarios.folders`.
 
@@ -51,6 +57,10 @@ def register(folders: Sequence[Path] = ()) -> None:
         ValueError: a file of a policy, workload or token routing does not define exactly one.
     """
     _folders[:] = folders
+    files = _rule_files(folders)
+    if files in _registered:
+        return
+    _registered.clear()  # first: a file that is refused leaves groups half told
     Plugins.instance().register(DiptychSearchPath)
     store = ConfigStore.instance()
     for group in ("policy", "workload", "token_routing", "model", "engine"):
@@ -69,6 +79,18 @@ def register(folders: Sequence[Path] = ()) -> None:
     register_launchers()
     store.store(name=RECORD, node=_study())
     store.store(name=SCHEMA, node={"defaults": defaults()})
+    _registered.append(files)
+
+
+def _rule_files(folders: Sequence[Path]) -> list[tuple[str, int]]:
+    """The user's files that define rules, first folder first, and when each was written."""
+    places = ("policies/*/*.py", "workload/*.py", "token_routing/*.py")
+    return [
+        (str(path.resolve()), path.stat().st_mtime_ns)
+        for folder in folders
+        for place in places
+        for path in sorted(folder.glob(place))
+    ]
 
 
 def defaults() -> list[Any]:

@@ -73,7 +73,7 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
     from scenarios.validation.ask import ExpertRules, KnowledgePlan, Plan
 
     families = ("batching", "routing", "cache_eviction", "micro_batching", "expert_balance")
-    names = {family: _rule_names(family, study, overrides, config_dir) for family in families}
+    names = _rule_names(families, study, overrides, config_dir)
     chosen = tuple(f"policy/{family}=" for family in families)
     rest = [text for text in overrides if not text.startswith(chosen)]
 
@@ -174,19 +174,19 @@ def _warn_of_no_effect(overrides: Sequence[str]) -> None:
 
 
 def _rule_names(
-    family: str, study: str, overrides: Sequence[str], config_dir: str | None
-) -> list[str]:
-    """Rules to validate: those of the command line, else those that the study sweeps."""
-    group = f"policy/{family}"
-    for text in reversed(overrides):
-        if text.startswith(f"{group}="):
-            return text.partition("=")[2].split(",")
-    overrides = [text for text in overrides if not text.startswith("policy/")]
-    config = compose_config(study, overrides, config_dir, with_hydra=True)
-    swept = (config.hydra.sweeper.params or {}).get(group)
-    if swept:
-        return [name.strip() for name in swept.split(",")]
-    return [config.hydra.runtime.choices[group]]
+    families: Sequence[str], study: str, overrides: Sequence[str], config_dir: str | None
+) -> dict[str, list[str]]:
+    """Rules to validate, by family: those of the command line, else those that the study sweeps."""
+    rest = [text for text in overrides if not text.startswith("policy/")]
+    config = compose_config(study, rest, config_dir, with_hydra=True)
+    swept, chosen = config.hydra.sweeper.params or {}, config.hydra.runtime.choices
+    named = dict(text.split("=", 1) for text in overrides if "=" in text)
+    found: dict[str, list[str]] = {}
+    for family in families:
+        group = f"policy/{family}"
+        text = named[group] if group in named else swept.get(group) or chosen[group]
+        found[family] = [name.strip() for name in text.split(",")]
+    return found
 
 
 def _show(plan: "Plan", lines: Sequence[Line]) -> None:

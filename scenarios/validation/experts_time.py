@@ -15,7 +15,6 @@ from rich.progress import Progress
 
 from backends.emulated_link import EmulatedLink
 from backends.expert_timing import TIMED_CONFIG, Busy, Phase, Timed, time_phases, time_together
-from scenarios.pipeline_plot import visited
 from scenarios.validation.intervals import Floats, two_stage
 from scenarios.validation.verdict import Line, Verdict, judge_error
 from sim.expert_rows import Span
@@ -301,6 +300,8 @@ def _machine_line(repeats: Sequence[Repeat]) -> Line:
 
 def _picture(repeat: Repeat) -> PipelineRuns:
     """One iteration of three micro-batches over the slowest emulated link, on both panels."""
+    from scenarios.pipeline_plot import visited  # draws: only whoever has timed waits for it
+
     name, count = f"{SHARES[-1]:.2f}", 3
     simulated = visited(predicted_times(repeat, name, count))
     title = f"{count} micro-batches, T_c/T_f = {name} (emulated link)"

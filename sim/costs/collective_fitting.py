@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import nnls
 
 TRAINING_BYTES = tuple(256 * 4**step for step in range(8))
 """Payloads that are fitted: 256 bytes to 4 MiB."""
@@ -30,6 +29,8 @@ def fit_alpha_beta(payload_bytes: Sequence[float], seconds: Sequence[float]) -> 
     Raises:
         ValueError: fewer than two payloads, seconds that are not positive, or none that grow.
     """
+    from scipy.optimize import nnls  # only whoever fits waits for it
+
     sizes, times = np.asarray(payload_bytes, float), np.asarray(seconds, float)
     if len(set(payload_bytes)) < 2 or len(sizes) != len(times):
         raise ValueError(

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
 from hardware_models.calibration import COEFFICIENTS, FittedIteration
 from sim.costs.fitted import Fitted
@@ -102,6 +101,8 @@ def _robust(rows: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[
     second and third round divide by what the round before predicts. What took far longer than that
     met a stall and is left out.
     """
+    from scipy.optimize import nnls  # only whoever fits waits for it
+
     scale, kept = seconds, np.ones(len(seconds), np.bool_)
     for _ in range(3):
         weighted = rows[kept] / scale[kept, None]
