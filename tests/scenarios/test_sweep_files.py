@@ -98,17 +98,26 @@ def test_the_table_holds_the_full_configuration_in_typed_columns(diptych):
     }
 
 
+POINTS = (
+    (),
+    ("workload.rate_per_s=3",),
+    ("policy/batching=static", "workload.rate_per_s=5", "seeds=[3,4]"),
+    ("gpu=null", "node=l40s_x1", "engine.max_num_seqs=7"),
+    ("policy/batching=static", "workload.rate_per_s=6", "+slo={ttft_s: 2}"),
+)
+
+
+def test_points_that_share_their_groups_compose_as_hydra_composes_them():
+    composer = Composer("replica", [])
+    for point in POINTS:
+        assert composer.compose(point) == compose_config("replica", point)
+
+
 @pytest.mark.parametrize("study", sorted(studies()))
 def test_points_compose_as_hydra_composes_them(study):
-    composer = Composer(study, [])
-    for point in (
-        (),
-        ("workload.rate_per_s=3",),
-        ("policy/batching=static", "workload.rate_per_s=5", "seeds=[3,4]"),
-        ("gpu=null", "node=l40s_x1", "engine.max_num_seqs=7"),
-        ("policy/batching=static", "workload.rate_per_s=6", "+slo={ttft_s: 2}"),
-    ):
-        assert composer.compose(point) == compose_config(study, point)
+    """All that a point may choose at once: groups, values in them, null and a new key."""
+    point = tuple(dict.fromkeys(choice for one in POINTS for choice in one))
+    assert Composer(study, []).compose(point) == compose_config(study, point)
 
 
 def test_a_point_does_not_change_the_next_one():
