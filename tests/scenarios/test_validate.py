@@ -18,7 +18,7 @@ def validate(tmp_path, *arguments):
 
 
 def test_decisions_and_bytes_pass_and_are_written(tmp_path, capsys):
-    code, content, _ = validate(tmp_path, "only=[decisions,bytes]", "decision_requests=40")
+    code, content, _ = validate(tmp_path, "only=[decisions,bytes]", "decision_requests=24")
     assert code == 0
     lines = content["lines"]
     exact = [line for line in lines if line["question"] in ("decisions", "bytes")]
@@ -32,6 +32,7 @@ def test_decisions_and_bytes_pass_and_are_written(tmp_path, capsys):
 @pytest.mark.parametrize("fault", ["skip_free", "drop_copy"])
 def test_a_seeded_corruption_makes_validate_fail(tmp_path, fault):
     arguments = ["only=[decisions,bytes]", "decision_requests=60", f"corrupt={fault}"]
+    arguments += ["policy/batching=static,chunked_prefill"]
     code, content, _ = validate(tmp_path, *arguments)
     assert code == 1
     assert "missed" in {line["verdict"] for line in content["lines"]}
@@ -58,6 +59,7 @@ def test_replicas_behind_a_router_are_asked_too(tmp_path):
 
 def test_a_stale_block_makes_validate_fail_and_needs_a_cache(tmp_path, capsys):
     arguments = ["only=[decisions]", "decision_requests=80", "corrupt=stale_block"]
+    arguments += ["policy/batching=continuous"]
     assert main(["validate", "-cn", "replica", f"out={tmp_path / 'none'}", *arguments]) == 2
     assert "add engine.prefix_caching=true" in capsys.readouterr().err
     code, content, _ = validate(tmp_path, *arguments, "engine.prefix_caching=true")
@@ -68,6 +70,7 @@ def test_a_stale_block_makes_validate_fail_and_needs_a_cache(tmp_path, capsys):
 @pytest.mark.parametrize("question", ["decisions", "bytes"])
 def test_a_panel_that_stops_is_a_miss_of_each_question(tmp_path, question):
     arguments = [f"only=[{question}]", "corrupt=drop_copy", "policy/batching=chunked_prefill"]
+    arguments += ["decision_requests=60"]
     code, content, _ = validate(tmp_path, *arguments)
     assert code == 1
     mine = [line["verdict"] for line in content["lines"] if line["question"] == question]
@@ -80,6 +83,7 @@ def test_answers_outlive_a_calibration_that_cannot_be_kept(tmp_path, monkeypatch
     (tmp_path / ".config" / "diptych" / "node" / "this_machine.yaml").write_text("name: [")
     monkeypatch.setenv("HOME", str(tmp_path))
     arguments = ["only=[time]", "weights=random", "time_requests=3", "repeats=1"]
+    arguments += ["policy/batching=continuous"]
     _, content, _ = validate(tmp_path, *arguments)
     assert content["lines"]
     assert "warning: the calibration was not kept" in capsys.readouterr().err
@@ -87,6 +91,7 @@ def test_answers_outlive_a_calibration_that_cannot_be_kept(tmp_path, monkeypatch
 
 def test_the_time_question_draws_the_two_panels(tmp_path):
     arguments = ["only=[time]", "weights=random", "time_requests=12", "repeats=2"]
+    arguments += ["policy/batching=continuous,chunked_prefill"]
     # On a busy machine a line may miss: that is a finding about the machine, not about the code.
     code, content, out = validate(tmp_path, *arguments)
     timed = [line for line in content["lines"] if line["question"] == "time"]
