@@ -47,7 +47,7 @@ def batching(name):
 
 def run_of(num_attention, num_expert_ranks, **changed):
     fields = {
-        "workload": decisions.workload(40), "limits": decisions.LIMITS,
+        "workload": decisions.workload(24), "limits": decisions.LIMITS,
         "batching": batching("continuous"), "num_attention": num_attention,
         "num_expert_ranks": num_expert_ranks,
     }  # fmt: skip

@@ -40,7 +40,7 @@ SPEC = InstanceSpec(
 LOAD = Poisson(rate_per_s=200.0, num_requests=40, input_tokens=40, output_tokens=12)
 
 
-def plan(count, *, num_prefill=1, caching=False, requests=120, fault=Fault.none):
+def plan(count, *, num_prefill=1, caching=False, requests=80, fault=Fault.none):
     options = Options(decision_requests=requests, corrupt=fault)
     return Plan(
         "test", options, {}, {}, None, caching, count, {"least_loaded": LEAST_LOADED},

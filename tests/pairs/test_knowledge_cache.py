@@ -19,7 +19,7 @@ from sim.policies.registry import policies
 from sim.state.knowledge_tree import MoveKind
 from sim.trace import State
 
-COUNT = 200
+COUNT = 120
 
 
 def tiny():

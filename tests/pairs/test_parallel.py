@@ -54,7 +54,7 @@ def alone(tiny):
     return served, kept
 
 
-@pytest.mark.parametrize(("tp_size", "pp_size"), [(2, 1), (1, 2), (4, 1)])
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 2), (4, 1)])
 def test_tokens_and_logits_are_those_of_one_rank(alone, tp_size, pp_size):
     served, kept = alone
     found = serve_parallel(run_of(tp_size, pp_size, sampler=KeepLogits()))
@@ -81,15 +81,13 @@ def test_draws_are_those_of_one_rank(tiny, tp_size, pp_size):
     [
         ("static", 1, 2),
         ("continuous", 2, 1),
-        ("chunked_prefill", 2, 1),
-        ("chunked_prefill", 1, 2),
         ("chunked_prefill", 2, 2),
     ],
 )
 def test_decisions_kv_bytes_and_sent_bytes_equal_the_simulated_ones(tiny, rule, tp_size, pp_size):
     batching = with_short_chunks(policies("batching")[rule]())
     run = run_of(
-        tp_size, pp_size, batching=batching, workload=decisions.workload(40),
+        tp_size, pp_size, batching=batching, workload=decisions.workload(24),
         limits=decisions.LIMITS, max_model_tokens=decisions.CONTEXT,
     )  # fmt: skip
     found = serve_parallel(run)
@@ -121,8 +119,8 @@ def test_every_rank_sends_its_own_part(tiny):
 def test_a_corrupted_cache_is_caught_on_several_ranks(tiny):
     batching = with_short_chunks(policies("batching")["continuous"]())
     run = run_of(
-        2, 1, batching=batching, workload=decisions.workload(60), limits=decisions.LIMITS,
-        max_model_tokens=decisions.CONTEXT, corruption=Corruption(kind="skip_free", index=20),
+        2, 1, batching=batching, workload=decisions.workload(32), limits=decisions.LIMITS,
+        max_model_tokens=decisions.CONTEXT, corruption=Corruption(kind="skip_free", index=10),
     )  # fmt: skip
     lines = parallel.parallel_lines("continuous", run)
     assert lines[0].verdict is Verdict.missed
@@ -149,7 +147,7 @@ def test_smollm2_says_the_same_on_several_ranks(tp_size, pp_size):
     model, whole = open_model("smollm2", "cpu")
     texts = Tokenizer(model.folder)
     asked = [texts.encode(text) for text in TEXTS[:3]]
-    workload = all_at_once(asked, 5)
+    workload = all_at_once(asked, 3)
     run = run_of(
         tp_size, pp_size, weights="smollm2", workload=workload, prompts=asked,
         limits=LIMITS._replace(num_blocks=8), sampler=KeepLogits(),

@@ -80,7 +80,7 @@ def test_decisions_routes_and_bytes_equal_the_simulated_ones(rule, routing, tp_s
     run = run_of(
         config=FOUR_LAYERS, batching=with_short_chunks(policies("batching")[rule]()),
         routing=policies("routing")[routing](), tp_size=tp_size, pp_size=pp_size,
-        workload=decisions.workload(60), limits=parallel.scaled(decisions.LIMITS, pp_size),
+        workload=decisions.workload(32), limits=parallel.scaled(decisions.LIMITS, pp_size),
         max_model_tokens=decisions.CONTEXT,
     )  # fmt: skip
     found = serve_parallel(run)
@@ -101,7 +101,7 @@ def test_bytes_of_ranks_do_not_depend_on_how_many_batches_are_in_flight():
 def test_a_corrupted_cache_of_a_lane_is_caught():
     run = run_of(
         batching=with_short_chunks(policies("batching")["continuous"]()),
-        workload=decisions.workload(60), limits=parallel.scaled(decisions.LIMITS, 2),
+        workload=decisions.workload(40), limits=parallel.scaled(decisions.LIMITS, 2),
         max_model_tokens=decisions.CONTEXT, corruption=Corruption(kind="skip_free", index=10),
     )  # fmt: skip
     lines = parallel.parallel_lines("continuous", run)

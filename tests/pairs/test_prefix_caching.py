@@ -33,7 +33,7 @@ def tiny():
 @pytest.mark.parametrize("rule", RULES)
 def test_replayed_decisions_and_kv_bytes_are_equal(tiny, rule):
     batching = with_short_chunks(policies("batching")[rule]())
-    panels = run_both(tiny, batching, 200, seed=0, prefix_caching=True)
+    panels = run_both(tiny, batching, 100, seed=0, prefix_caching=True)
     decisions = panels.simulated.decisions
     assert len(panels.simulated.decision_lists["reused"].values) > 50
     assert (decisions["free_blocks"] == decisions["cached_blocks"]).any(), "blocks must be dropped"

@@ -39,7 +39,7 @@ def tiny():
 @pytest.mark.parametrize("rule", RULES)
 def test_replayed_decisions_and_kv_bytes_are_equal_with_preemption(tiny, rule):
     batching = with_short_chunks(policies("batching")[rule]())
-    panels = run_both(tiny, batching, 200, seed=0)
+    panels = run_both(tiny, batching, 100, seed=0)
     assert (panels.real.trace.events["state"] == State.preempted).any(), "the pool must run out"
     line = decision_line(rule, panels)
     assert line.verdict is Verdict.passed, line.note
