@@ -15,10 +15,12 @@ from scenarios.cli import COMMANDS, main
 TOY = {
     "run": ["workload.num_requests=24", "seeds=[0]"],
     "search": ["workload.num_requests=24", "seeds=[0]", "search.num_trials=4"],
-    "validate": ["only=[decisions]", "decision_requests=16"],
+    "validate": ["only=[decisions]", "decision_requests=12"],
     "calibrate": ["weights=random", "repeats=1"],
 }
 """Added to the commands of the pages, so that they take a moment and need no weights."""
+ONE_RULE = ["policy/batching=continuous", "policy/cache_eviction=pgdsf"]
+"""Of those that a study's validation would take one after another, where the page names none."""
 SERVING = ["workload.duration_s=5", "seeds=[0]"]
 """The same for the study whose load ends after a time."""
 STAND_IN = {"model=smollm2_135m": "model=tiny_llama"}
@@ -115,6 +117,8 @@ class Reader:
         if "cost=fitted" in words:
             words = [STAND_IN.get(word, word) for word in words]
         toy = toy_size(command, words) if sized and not asks_hydra(words) else []
+        if command == "validate":
+            toy = [*toy, *rules_that_are_not_named(words)]
         code = main([*words, *toy])
         expected = 1 if any(word.startswith("corrupt=") for word in words) else 0
         assert code == expected, f"{place}: `diptych {' '.join(words)}` ended with {code}"
@@ -127,6 +131,13 @@ def toy_size(command: str, words: list[str]) -> list[str]:
         return TOY.get(command, [])
     staged = any(word.startswith("workload.stages") for word in words)
     return [] if staged else SERVING
+
+
+def rules_that_are_not_named(words: list[str]) -> list[str]:
+    return [
+        rule for rule in ONE_RULE
+        if not any(word.startswith(rule.partition("=")[0]) for word in words)
+    ]  # fmt: skip
 
 
 def asks_hydra(words: list[str]) -> bool:
