@@ -26,8 +26,8 @@ def validate(diptych, workplace, *arguments):
 @pytest.mark.slow
 def test_decisions_bytes_and_numbers_are_asked_of_every_rule(diptych, workplace):
     code, content, _ = validate(
-        diptych, workplace, "only=[decisions,bytes,numbers]", "decision_requests=12", "prompts=4",
-        "new_tokens=4", "policy/expert_balance=static,replicate_hot",
+        diptych, workplace, "only=[decisions,bytes,numbers]", "decision_requests=8", "prompts=2",
+        "new_tokens=3", "policy/expert_balance=static,replicate_hot",
     )  # fmt: skip
     lines = content["lines"]
     assert code == 0, lines
