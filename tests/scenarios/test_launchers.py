@@ -84,7 +84,11 @@ def test_a_killed_worker_costs_its_point_and_joblib_and_ray_write_the_bytes_of_o
 
 
 @pytest.mark.usefixtures("mine")
-def test_jobs_of_submitit_write_the_bytes_of_one_process_and_a_killed_one_costs_its_point(diptych):
+def test_jobs_of_submitit_write_the_bytes_of_one_process_and_a_killed_one_costs_its_point(
+    diptych, monkeypatch
+):
+    # It would wait 15 s for what a killed job left on another machine's disk.
+    monkeypatch.setattr("submitit.core.core.Job._results_timeout_s", 1)
     one = [*SWEEP[:-2], "policy/batching=mortal,static"]
     code, _, said = diptych(*one, "out=jobs", "hydra/launcher=submitit_local")
     assert (code, said.count("done: "), said.count("failed: ")) == (1, 1, 1)
