@@ -1,8 +1,10 @@
 """The two executors of `failover`: replicas that are really killed, slowed down and replaced."""
 
+import copy
 import os
 import signal
 import threading
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -55,11 +57,25 @@ def spec(*faults):
     )
 
 
+@cache
+def panels(rule, caching):
+    """Both panels of a run in which every fault comes."""
+    return run_both_failing(case(rule, prefix_caching=caching), FAULTS)
+
+
+def judge_instead(monkeypatch, both):
+    """Let the lines be those of panels that are there already."""
+    monkeypatch.setattr("scenarios.validation.failing.run_both_failing", lambda case, faults: both)
+
+
 @pytest.mark.parametrize(
     ("rule", "caching"),
     [("round_robin", False), ("least_loaded", True), ("prefix_aware", True)],
 )
-def test_replay_of_deaths_gives_equal_decisions_and_bytes_and_clients_see_no_fault(rule, caching):
+def test_replay_of_deaths_gives_equal_decisions_and_bytes_and_clients_see_no_fault(
+    monkeypatch, rule, caching
+):
+    judge_instead(monkeypatch, panels(rule, caching))
     lines = failing_lines(rule, case(rule, prefix_caching=caching), FAULTS, ARCHITECTURE)
     assert len(lines) == 2 + 3 + 2
     for line in lines:
@@ -96,11 +112,10 @@ def test_a_router_that_forgets_the_tokens_it_handed_out_is_caught(monkeypatch):
 
 
 def test_a_simulated_router_that_sends_to_the_dead_is_caught(monkeypatch):
-    panels = run_both_failing(case("round_robin"), FAULTS[1:2])
-    panels.simulated.routes["replica"][-1] ^= 1
-    monkeypatch.setattr(
-        "scenarios.validation.failing.run_both_failing", lambda case, faults: panels
-    )
+    both = panels("round_robin", False)
+    both = both._replace(simulated=copy.deepcopy(both.simulated))
+    both.simulated.routes["replica"][-1] ^= 1
+    judge_instead(monkeypatch, both)
     lines = failing_lines("round_robin", case("round_robin"), FAULTS, ARCHITECTURE)
     assert lines[0].verdict is Verdict.missed
 
