@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +16,19 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
 """Absolute and relative. The interpreter truncates to bfloat16 where hardware rounds."""
 
 DTYPES = tuple(TOLERANCE)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 POISON_BLOCK = 2**30
 few_examples = settings(
     max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 """For kernels, which the interpreter runs slowly."""
+
+
+def in_each_dtype(values: Sequence[int]) -> list[tuple[torch.dtype, int]]:
+    """Every dtype with every value on CUDA; interpreted, where one takes seconds, each of both."""
+    if INTERPRETED:
+        return list(zip(DTYPES, values, strict=True))
+    return [(dtype, value) for dtype in DTYPES for value in values]
 
 
 def assert_near(actual: Tensor, expected: Tensor) -> None:

@@ -14,13 +14,13 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_kernels.py", "test_expert_kernels.py"])
-def test_every_kernel_agrees_with_its_reference_when_interpreted(name):
+def test_every_kernel_agrees_with_its_reference_when_interpreted():
     root = Path(__file__).parents[3]
-    target = Path(__file__).with_name(name)
+    names = ("test_kernels.py", "test_expert_kernels.py")
+    targets = [str(Path(__file__).with_name(name)) for name in names]
     options = ("-q", "-m", "not gpu", "-p", "no:cacheprovider")
     finished = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(target)],
+        [sys.executable, "-m", "pytest", *options, *targets],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=root,
         capture_output=True,
@@ -28,5 +28,5 @@ def test_every_kernel_agrees_with_its_reference_when_interpreted(name):
         check=False,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert re.search(r"\d\d passed", finished.stdout), finished.stdout
+    assert re.search(r"1\d\d passed", finished.stdout), finished.stdout
     assert "skipped" not in finished.stdout

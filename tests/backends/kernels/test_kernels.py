@@ -10,6 +10,7 @@ from kernel_cases import (
     DTYPES,
     assert_near,
     few_examples,
+    in_each_dtype,
     offsets,
     paged_case,
     random_query,
@@ -74,8 +75,7 @@ def check_decode(device, lengths, num_splits, group=3, **shape):
     assert_near(actual, paged_decode_attention_reference(*arguments))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(("dtype", "head_dim"), in_each_dtype(HEAD_DIMS))
 @pytest.mark.parametrize("num_splits", [None, 3])
 def test_decode(device, dtype, head_dim, num_splits):
     check_decode(device, [1, 16, 70, 33], num_splits, dtype=dtype, head_dim=head_dim)
@@ -109,8 +109,7 @@ def check_prefill(device, lengths, chunks, **shape):
     assert_near(actual, paged_prefill_attention_reference(*arguments))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(("dtype", "head_dim"), in_each_dtype(HEAD_DIMS))
 def test_prefill(device, dtype, head_dim):
     lengths, chunks = [1, 16, 70, 33], [1, 16, 65, 5]
     check_prefill(device, lengths, chunks, dtype=dtype, head_dim=head_dim)
