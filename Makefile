@@ -15,8 +15,10 @@ export OMP_NUM_THREADS ?= 1
 run: $(READY)
 	$(BIN)/diptych validate -cn replica
 
+# In the order of the folders, which end with the many short files of tests/sim. By default files with
+# few tests come last: those whose tests are long, one of which a worker would still be at alone.
 test: $(READY) lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .
