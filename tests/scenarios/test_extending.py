@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import sim
-from scenarios.compose import compose_study
+from scenarios.compose import compose_config, compose_study
 from scenarios.saving import identity
 from sim.workload.token_routing.skewed import Skewed
 from sim.workload.token_routing.uniform import Uniform
@@ -94,6 +94,29 @@ def test_a_folder_of_the_path_variable(diptych, own, monkeypatch):
     code, out, errors = diptych("run", "-cn", "replica", *FEW, "policy/batching=patient")
     assert (code, errors) == (0, "")
     assert "patient, colocated" in out
+
+
+def test_a_file_that_is_edited_or_removed_is_seen_at_once(own):
+    path = own / "workload" / "steady.py"
+    path.parent.mkdir(exist_ok=True)
+    text = """
+from dataclasses import dataclass
+
+from sim.workload.poisson import Poisson
+
+
+@dataclass(kw_only=True)
+class Steady(Poisson):
+    at_least: int = 1
+"""
+    for number in (1, 23):
+        path.write_text(text.replace("= 1", f"= {number}"))
+        os.utime(path, ns=(number, number))
+        found = compose_config("replica", ["workload=steady"], str(own)).workload
+        assert found.at_least == number
+    path.unlink()
+    with pytest.raises(ValueError, match="steady"):
+        compose_config("replica", ["workload=steady"], str(own))
 
 
 def test_token_routings_of_ones_own_are_listed_and_composed(diptych, own):
