@@ -1,15 +1,22 @@
 """Whatever a plan of elastic instances does within its rules, nothing is lost and time is right."""
 
+from typing import Any
+
 import numpy as np
+import pytest
 from elastic_random import AnyStep, ElasticCase, elastic_cases, run_elastic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sim.decision_rows import expand
 from sim.elastic_trace import DECODE, PREFILL
+from sim.engine import ReplicaLimits
 from sim.metrics import request_times, token_times
+from sim.policies.elastic import ElasticPlan, ElasticView
 from sim.processes.elastic_pace import LoggedGroups, LoggedTransport
+from sim.steps import DecodeGroup, Migration, Prefill, Step
 from sim.trace import State
+from sim.workload.recorded import Recorded
 
 
 @settings(max_examples=150, deadline=None)
@@ -64,3 +71,50 @@ def test_what_members_keep_of_a_prefill_adds_up_to_its_tokens(case: ElasticCase,
     kept = int(tables.members["tokens"][prefills].sum())
     assert kept == int(trace.decisions["prefill_tokens"].sum())
     assert (tables.members["kind"][~prefills] == DECODE).all()
+
+
+class Scripted(ElasticPlan):
+    """Prefills on the first instance, moves what is there to the second, and decodes."""
+
+    def step(self, memory: Any, view: ElasticView) -> Step:
+        del memory
+        if view.waiting:
+            one = view.waiting[0]
+            return Step(prefill=(Prefill((one.request_id,), (0,), ((0, one.prefill_tokens),)),))
+        (batch,) = view.batches
+        if batch.tokens[0] > 0 and not batch.tokens[1]:
+            move = Migration(batch.number, 0, 1, int(batch.tokens[0]))
+            return Step(migrate=(move,), decode=(DecodeGroup((batch.number,), (1,), ((1, 1),)),))
+        return Step(decode=(DecodeGroup((batch.number,), (1,), ((1, 1),)),))
+
+
+def test_a_migration_takes_its_bytes_over_the_link_and_the_round_begins_when_it_has_ended() -> None:
+    case = ElasticCase(
+        workload=Recorded(arrival_s=[0.0], prompt_tokens=[6], output_tokens=[3]),
+        num_instances=2, limits=ReplicaLimits(8, 64, 1, 16),
+    )  # fmt: skip
+    _, tables = run_elastic(case, Scripted())
+    moves, members = tables.kv_moves, tables.members
+    assert moves["tokens"].tolist() == [6]
+    took_s = moves["end_s"] - moves["begin_s"]
+    assert took_s.tolist() == [0.25 + 6 / 4]  # latency, then four tokens a second
+    rounds = members["kind"] == DECODE
+    assert members["start_s"][rounds].min() == moves["end_s"][0]
+    assert members["instance"][rounds].tolist() == [1] * int(rounds.sum())
+
+
+def test_a_step_that_breaks_a_rule_is_refused_with_the_plan_and_the_instant() -> None:
+    class Careless(Scripted):
+        def step(self, memory: Any, view: ElasticView) -> Step:
+            step = super().step(memory, view)
+            bad = tuple(one._replace(targets=((0, 1),)) for one in step.prefill)
+            return step._replace(prefill=bad)
+
+    case = ElasticCase(
+        workload=Recorded(arrival_s=[0.5], prompt_tokens=[6], output_tokens=[3]),
+        num_instances=2, limits=ReplicaLimits(8, 64, 1, 16),
+    )  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"policy Careless at 0\.5 s: .* do not add up to 6 tokens"
+    ):
+        run_elastic(case, Careless())
