@@ -69,7 +69,7 @@ class DecodeGroup(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What begins now. A batch that is named nowhere is paused."""
+    """What begins now. A batch that is named nowhere is paused; there may be nothing to begin."""
 
     preempt: tuple[int, ...] = ()
     """Requests of batches that lose their KV and go back to the head of the queue in this order."""

@@ -81,6 +81,8 @@ class Scripted(ElasticPlan):
         if view.waiting:
             one = view.waiting[0]
             return Step(prefill=(Prefill((one.request_id,), (0,), ((0, one.prefill_tokens),)),))
+        if not view.batches:
+            return Step()
         (batch,) = view.batches
         if batch.tokens[0] > 0 and not batch.tokens[1]:
             move = Migration(batch.number, 0, 1, int(batch.tokens[0]))
