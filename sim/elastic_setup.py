@@ -79,7 +79,7 @@ def prepare_elastic(
     _refuse_others(scenario, cost)
     groups: ElasticCost
     if isinstance(cost, ScaledIteration):
-        groups = Scaled(cost.base)
+        groups = Scaled(cost.base, scenario.engine.iteration_overhead_s)
     else:
         groups = KernelGroups(cost, _exchange(scenario, architecture, kv_bytes_per_token))
     known = scenario.scaling

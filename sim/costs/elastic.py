@@ -43,13 +43,19 @@ class ElasticCost(Protocol):
 class Scaled:
     """The cost that a scaling base states."""
 
-    def __init__(self, base: ScalingBase) -> None:
-        self.base = base
+    def __init__(self, base: ScalingBase, overhead_s: float = 0.0) -> None:
+        """Take over the coefficients.
+
+        Args:
+            base: by degree.
+            overhead_s: what the engine adds to every prefill and round, beyond what was measured.
+        """
+        self.base, self._overhead_s = base, overhead_s
 
     def prefill_s(self, degree: int, lengths: Sequence[int]) -> float:
         """See `ElasticCost`."""
         squares = sum([length * length for length in lengths])
-        return self.base.prefill_s(degree, sum(lengths), squares)
+        return self._overhead_s + self.base.prefill_s(degree, sum(lengths), squares)
 
     def round_run_s(self, groups: Sequence[DecodeWork], rounds: int) -> NDArray[np.float64]:
         """See `ElasticCost`. A round reads the tokens that it stores, too."""
@@ -58,6 +64,7 @@ class Scaled:
         slowest = np.zeros(rounds)
         for group in groups:
             fixed = self.base.decode_s(group.num_requests, group.mini_batches, 0)
+            fixed += self._overhead_s
             most = np.zeros(rounds, np.int64)
             for tokens, growth in zip(group.tokens, group.growth, strict=True):
                 most = np.maximum(most, tokens + growth * steps)
