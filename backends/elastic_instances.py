@@ -22,11 +22,12 @@ from backends.elastic_orders import (
 from backends.elastic_processes import Desk
 from hardware_models.scaling import ScalingBase
 from sim.elastic_log import ElasticLog
+from sim.elastic_trace import NEVER
 from sim.engine import ReplicaLimits
 from sim.policies.elastic import ElasticPlan
 from sim.requests import Request
 from sim.state.elastic_kv import Ints, Left, shares
-from sim.state.elastic_state import ElasticState, Group, Prefilling
+from sim.state.elastic_state import ElasticState, Group, Moved, Prefilling
 from sim.steps import DecodeGroup, Migration, Step
 from sim.workload.source import Source
 
@@ -84,8 +85,8 @@ class ElasticInstances:
         """Where a request may have KV."""
         self._prefills: dict[int, _Running] = {}
         self._round: list[_Running] = []
-        self._doomed: list[int] = []
-        """Requests at rest whose KV was lost on its way."""
+        self._in_flight: list[Moved] = []
+        """What migrated in a step that a loss broke off: nothing else of it began."""
         self._again = False
         """Whether the plan is asked again at once: its last step began nothing."""
         self._start = 0.0
@@ -105,11 +106,11 @@ class ElasticInstances:
         arrivals, came = Arrivals(source), False
         while True:
             came |= self._arrive(arrivals)
-            lost = -1
+            lost: list[int] = []
             while self._desk.deaths:
-                lost = self._bury(self._desk.deaths.popleft())
+                lost.append(self._bury(self._desk.deaths.popleft()))
             ended = self._settle(arrivals)
-            if lost >= 0 or ended or self._again or (came and not self._state.in_round):
+            if lost or ended or self._again or (came and not self._state.in_round):
                 came |= self._arrive(arrivals)
                 self._ask(lost)
                 came = False
@@ -186,26 +187,28 @@ class ElasticInstances:
         self._desk.await_done(*(one.order for one in hit))
         self._prefills = {lane: one for lane, one in self._prefills.items() if one not in hit}
         self._round = [one for one in self._round if one not in hit]
-        left, now_s = state.lose(instance), self._now_s()
+        left, now_s = state.lose(instance, self._in_flight), self._now_s()
         self.log.lost(instance, left, now_s)
-        gone = [one.request.request_id for one in left]
-        if doomed := [one for one in self._doomed if one not in gone]:
-            self.log.preempted(state.preempt(doomed), now_s)
-        self._drop([*gone, *doomed])
-        self._doomed = []
+        self._drop(one.request.request_id for one in left)
         return instance
 
     # What a step is made of --------------------------------------------------------------------
 
-    def _ask(self, lost: int) -> None:
+    def _ask(self, lost: Sequence[int]) -> None:
         """Let the plan decide, and begin what it says.
+
+        Args:
+            lost: instances whose loss it has not been asked about.
 
         Raises:
             ValueError: it breaks its rules.
         """
         now_s, self._again = self._now_s(), False
+        self._in_flight = []
+        for one in lost[:-1]:  # noted together: the plan is asked once
+            self.log.asked(now_s, Step(), one)
         step = self._plan.step(self._memory, self._state)
-        self.log.asked(now_s, step, lost)
+        self.log.asked(now_s, step, lost[-1] if lost else -1)
         try:
             self._apply(step, now_s)
         except ValueError as error:
@@ -215,9 +218,7 @@ class ElasticInstances:
     def _apply(self, step: Step, now_s: float) -> None:
         self.log.preempted(self._state.preempt(step.preempt), now_s)
         self._drop(step.preempt)
-        for plan in step.migrate:
-            self._migrate(plan)
-        if self._doomed:
+        if step.migrate and not self._migrate(step.migrate):
             return  # a loss is to be taken note of first
         for place, plan in enumerate(step.prefill):
             used = [at for group in step.decode for at in group.instances]
@@ -229,18 +230,27 @@ class ElasticInstances:
         moved = step.preempt or step.migrate
         self._again = bool(moved and not step.prefill and not step.decode)
 
-    def _migrate(self, plan: Migration) -> None:
-        moved, begin_s = self._state.migrate(plan), self._now_s()
-        moves = tuple((one.request_id, one.tokens) for one in moved)
-        pair = plan.source, plan.target
-        order = self._desk.give(pair, lambda number: MoveOrder(number, *pair, moves))
-        reports = self._desk.await_done(order)
-        end_s = self._now_s()
-        for one in moved:
-            self.log.moved(one, begin_s, end_s)
-            self._homes[one.request_id].add(plan.target)
-        if len(reports) < len(pair) or any(report.lost for report in reports):
-            self._doomed += [request_id for request_id, _ in moves]
+    def _migrate(self, plans: Sequence[Migration]) -> bool:
+        """Move KV, one pair of instances after another; whether nobody was lost meanwhile."""
+        moved: list[tuple[Moved, float, float]] = []
+        arrived = True
+        for plan in plans:
+            parts, begin_s = self._state.migrate(plan), self._now_s()
+            moves = tuple((one.request_id, one.tokens) for one in parts)
+            pair = plan.source, plan.target
+            order = self._desk.give(
+                pair,
+                lambda number, pair=pair, moves=moves: MoveOrder(number, *pair, moves),
+            )  # fmt: skip
+            reports = self._desk.await_done(order)
+            arrived &= len(reports) == len(pair) and not any(one.lost for one in reports)
+            moved += [(one, begin_s, self._now_s()) for one in parts]
+            for one in parts:
+                self._homes[one.request_id].add(plan.target)
+        self._in_flight = [] if arrived else [one for one, _, _ in moved]
+        for one, begin_s, end_s in moved:
+            self.log.moved(one, begin_s, end_s if arrived else NEVER)
+        return arrived
 
     def _begin_prefill(self, begun: Prefilling) -> None:
         plan, tokens = begun.plan, self._tokens

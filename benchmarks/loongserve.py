@@ -49,8 +49,8 @@ REQUESTS = {"sharegpt": 20_000, "l_eval": 3000, "lv_eval": 200, "mixed": 800}
 """Of one run: the most that the authors sent at the rates near the crossing. Means of an overloaded
 run grow with its length, so that fewer would find higher rates. 4,000 of a Zipf mix."""
 OUT_OF_ORDER = {"sharegpt": 1, "l_eval": 8, "lv_eval": 8, "mixed": 4}
-"""Admissions in a row that may pass over an earlier request, as the authors set it for each dataset;
-64 for the Zipf mixes."""
+"""Admissions in a row that may pass over an earlier request, as the authors set it for each
+dataset; 64 for the Zipf mixes."""
 SEATS = {"l_eval": 256, "lv_eval": 256}
 """Of LoongServe, where not 1,024."""
 LONGEST = {"sharegpt": 2300, "l_eval": 210_500, "lv_eval": 497_300, "mixed": 497_300}

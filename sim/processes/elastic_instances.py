@@ -13,7 +13,7 @@ from simpy.events import Event
 from hardware_models.scaling import ScalingBase
 from sim.costs.elastic import DecodeWork
 from sim.elastic_log import ElasticLog
-from sim.elastic_trace import ElasticTables
+from sim.elastic_trace import NEVER, ElasticTables
 from sim.engine import ReplicaLimits
 from sim.policies.elastic import ElasticPlan
 from sim.processes.elastic_pace import ElasticPace
@@ -65,6 +65,10 @@ class ElasticInstances:
         """What ended meanwhile."""
         self._gone = False
         """Whether an instance was lost meanwhile."""
+        self._in_flight: list[Moved] = []
+        """KV that migrates, or did in a step of which nothing else began."""
+        self._lost: list[int] = []
+        """Instances whose loss the plan has not been asked about."""
         self._timer: Event | None = None
         """The end of the rounds under way."""
         self._boundaries: list[float] = []
@@ -77,11 +81,7 @@ class ElasticInstances:
     # What comes from outside -------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
-        """Take a request at its arrival.
-
-        Raises:
-            ValueError: prompt and answer have no room on all instances together.
-        """
+        """Take a request at its arrival."""
         self.log.arrived(request)
         self.state.submit(request)
         if not self.state.in_round:
@@ -105,39 +105,42 @@ class ElasticInstances:
             return
         self._settle()
         now = self.environment.now
-        left = self.state.lose(instance)
+        left = self.state.lose(instance, self._in_flight)
         self.log.lost(instance, left, now)
+        self._lost.append(instance)
         if not self.state.in_round:
             self._timer, self._boundaries = None, []
         self._cut(1)
-        self._ask_soon(instance)
+        self._ask_soon()
 
     # Asking ------------------------------------------------------------------------------------
 
-    def _ask_soon(self, lost: int = NOBODY) -> None:
+    def _ask_soon(self) -> None:
         """Ask once at this instant, when all that ends or comes at it is known."""
         if self._moving:
-            self._held.append(partial(self._ask_soon, lost))
-        elif lost != NOBODY or (not self._asking and not self.pace.asks_itself):
+            self._held.append(self._ask_soon)
+        elif not self._asking and not self.pace.asks_itself:
             self._asking = True
-            event = self.environment.decision(self.environment.now)
-            event.callbacks = [partial(self._ask_once, lost)]
+            self.environment.decision(self.environment.now).callbacks = [self._ask_now]
 
-    def _ask_once(self, lost: int, event: Event) -> None:
+    def _ask_now(self, event: Event) -> None:
         del event
-        if self._asking or lost != NOBODY:
-            self._asking = False
-            self.ask(lost)
+        self._asking = False
+        self.ask()
 
-    def ask(self, lost: int = NOBODY) -> None:
+    def ask(self) -> None:
         """Ask the plan now and do what it says."""
         if self._moving:
-            self._held.append(partial(self.ask, lost))
+            self._held.append(self.ask)
             return
         self._settle()
         state, now = self.state, self.environment.now
+        *others, last = self._lost or [NOBODY]
+        self._lost, self._in_flight = [], []
+        for one in others:  # noted together: the plan is asked once
+            self.log.asked(now, Step(), one)
         step = self.plan.step(self._memory, state)
-        self.log.asked(now, step, lost)
+        self.log.asked(now, step, last)
         try:
             self.log.preempted(state.preempt(step.preempt), now)
             moved = [one for each in step.migrate for one in state.migrate(each)]
@@ -152,18 +155,22 @@ class ElasticInstances:
 
     def _migrate(self, step: Step, moved: Sequence[Moved]) -> Generator[Event, Any, None]:
         """Let KV flow, all of it at once; then the rest of the step begins."""
-        begin_s = self.environment.now
+        begin_s, self._in_flight = self.environment.now, list(moved)
         flows = [
             (one, self._transport.send(one.source, one.target, one.tokens * self._token_bytes))
             for one in moved
         ]
-        for one, arrived in flows:
+        ends_s: list[float] = []
+        for _, arrived in flows:
             yield arrived
-            self.log.moved(one, begin_s, self.environment.now)
+            ends_s.append(self.environment.now)
         self._moving = False
-        if not self._gone:  # else the step may want who is lost: the plan is asked again
+        gone, self._gone = self._gone or self.pace.moves_fail, False
+        for one, end_s in zip(moved, ends_s, strict=True):
+            self.log.moved(one, begin_s, NEVER if gone else end_s)
+        if not gone:  # else the step may want who is lost: the plan is asked again
+            self._in_flight = []
             self._begin(step)
-        self._gone = False
         held, self._held = self._held, []
         for note in held:
             note()

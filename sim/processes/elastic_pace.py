@@ -22,6 +22,11 @@ class ElasticPace(Protocol):
         """Whether the plan is asked at instants of its own, and not when something happens."""
         ...
 
+    @property
+    def moves_fail(self) -> bool:
+        """Whether an instance was lost while the KV of the step under way migrated."""
+        ...
+
     def start(self, environment: ExactEnvironment, instances: "ElasticInstances") -> None:
         """Begin, before the first request arrives."""
         ...
@@ -48,6 +53,7 @@ class CostedGroups:
     """From a cost, each round's seconds added to the boundary before it."""
 
     asks_itself = False
+    moves_fail = False
 
     def __init__(self, cost: ElasticCost) -> None:
         self._cost = cost
@@ -96,13 +102,20 @@ class LoggedGroups:
     def _walk(
         self, environment: ExactEnvironment, instances: "ElasticInstances"
     ) -> Generator[Event, Any, None]:
-        for step, (instant_s, lost) in enumerate(self._asks):
+        following = [*self._asks[1:], (np.inf, -1)]
+        rows = zip(self._asks, following, strict=True)
+        for step, ((instant_s, lost), (next_s, next_lost)) in enumerate(rows):
             yield environment.decision(instant_s)
             self._step = step
             if lost >= 0:
                 instances.lose(lost)
-            else:
+            if not (lost >= 0 and next_lost >= 0 and next_s == instant_s):
                 instances.ask()
+
+    @property
+    def moves_fail(self) -> bool:
+        """See `ElasticPace`."""
+        return bool(np.isnan(self._moved_s.get(self._step, 0.0)))
 
     def prefill_end_s(
         self, now_s: float, degree: int, lengths: Sequence[int], place: int
@@ -122,7 +135,8 @@ class LoggedGroups:
 
     def moved_s(self, now_s: float) -> float:
         """When the KV has arrived that migrates in the step under way."""
-        return max(self._moved_s.get(self._step, now_s), now_s)
+        moved_s = self._moved_s.get(self._step, now_s)
+        return now_s if np.isnan(moved_s) else max(moved_s, now_s)
 
 
 class LoggedTransport:

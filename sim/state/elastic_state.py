@@ -125,11 +125,7 @@ class ElasticState:
     # What executors do -------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
-        """Queue a request that has arrived.
-
-        Raises:
-            ValueError: it fits no number of instances.
-        """
+        """Queue a request that has arrived."""
         self.kv.requests[request.request_id] = request
         self.line.views.append(request.view())
 
@@ -303,10 +299,14 @@ class ElasticState:
                 one.instances = self._holders(one.rows, one.instances)
         return done
 
-    def lose(self, instance: int) -> list[Left]:
+    def lose(self, instance: int, in_flight: Sequence[Moved] = ()) -> list[Left]:
         """An instance is gone: who was computed or had KV there waits again.
 
         A group of the round under way is lost whole; the others go on.
+
+        Args:
+            instance: which.
+            in_flight: KV that was migrating when it went. What came from it or went to it is lost.
 
         Returns:
             The requests that lost their KV, in the order in which they now wait.
@@ -324,6 +324,8 @@ class ElasticState:
             else:
                 held = self.kv.tokens[one.rows, instance] > 0
                 ids += one.request_ids[held].tolist()
+        gone = {one.request_id for one in in_flight if instance in (one.source, one.target)}
+        ids += sorted(gone.intersection(self.kv.rows).difference(ids))
         left = self._drop(ids)
         self.kv.lose(instance)
         if self.in_round and not any(one.masters for one in self._groups.values()):

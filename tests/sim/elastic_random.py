@@ -173,7 +173,11 @@ def elastic_cases(draw: st.DrawFn, *, losses: bool = True) -> ElasticCase:
     slots = max(-(-needed // max(spare, 1)) + draw(st.integers(0, 12)), 2)
     gone: list[tuple[float, int]] = []
     if losses and count > 1 and draw(st.booleans()):
-        gone.append((draw(st.integers(0, 60)) * 0.25, draw(st.integers(0, count - 1))))
+        most = count - 1 if draw(st.booleans()) else 1
+        who = draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=most, unique=True))
+        # Multiples of a quarter second: now and then two at once, or within a migration.
+        gone = [(draw(st.integers(0, 60)) * 0.25, one) for one in who]
+        slots = max(slots, -(-needed // (count - len(who))))
     return ElasticCase(
         workload=Recorded(
             arrival_s=[at * 0.5 for at, _, _ in rows],
@@ -181,8 +185,10 @@ def elastic_cases(draw: st.DrawFn, *, losses: bool = True) -> ElasticCase:
             output_tokens=[output for _, _, output in rows],
         ),
         num_instances=count,
-        limits=ReplicaLimits(8, 1 << 20, 1, slots),
-        losses=tuple(gone),
+        limits=ReplicaLimits(
+            draw(st.integers(1, 8)), draw(st.sampled_from((8, 1 << 20))), 1, slots
+        ),
+        losses=tuple(sorted(gone)),
     )
 
 

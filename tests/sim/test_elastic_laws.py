@@ -120,3 +120,33 @@ def test_a_step_that_breaks_a_rule_is_refused_with_the_plan_and_the_instant() ->
         ValueError, match=r"policy Careless at 0\.5 s: .* do not add up to 6 tokens"
     ):
         run_elastic(case, Careless())
+
+
+@pytest.mark.parametrize("instance", [0, 1])
+def test_kv_on_its_way_from_or_to_an_instance_that_is_lost_is_lost(instance: int) -> None:
+    class OnTheOther(Scripted):
+        def step(self, memory: Any, view: ElasticView) -> Step:
+            if len(view.live) == 2:
+                return super().step(memory, view)
+            (only,) = view.live
+            if view.waiting:
+                one = view.waiting[0]
+                targets = ((only, one.prefill_tokens),)
+                return Step(prefill=(Prefill((one.request_id,), (only,), targets),))
+            if not view.batches:
+                return Step()
+            return Step(decode=(DecodeGroup((view.batches[0].number,), (only,), ((only, 1),)),))
+
+    case = ElasticCase(
+        workload=Recorded(arrival_s=[0.0], prompt_tokens=[6], output_tokens=[3]),
+        num_instances=2, limits=ReplicaLimits(8, 64, 1, 16),
+    )  # fmt: skip
+    whole = run_elastic(case, Scripted())
+    middle_s = float(whole.tables.kv_moves["begin_s"][0]) + 0.5
+    trace, tables = run_elastic(case, OnTheOther(), losses=((middle_s, instance),))
+    assert np.isnan(tables.kv_moves["end_s"]).all()
+    states = trace.events["state"].tolist()
+    assert states.count(State.lost) == 1
+    assert states.count(State.finished) == 1
+    prefills = tables.members["kind"] == PREFILL
+    assert tables.members["instance"][prefills].tolist() == [0, 1 - instance]
