@@ -279,7 +279,7 @@ def move_away(view):
     """All KV of the first request goes from 0 to 1, where the second is."""
     if not idle(view) or len(view.batches) < 2:
         return None
-    one, two = view.batches
+    one, two = sorted(view.batches, key=lambda batch: batch.request_ids[0])
     plan = Migration(one.number, 0, 1, int(one.tokens[0]))
     return Step(migrate=(plan,), decode=(DecodeGroup((one.number, two.number), (1,), ((1, 2),)),))
 
