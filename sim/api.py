@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from sim.cost_shares import cost_shares
 from sim.costs.fitted import Fitted
+from sim.costs.scaled import ScaledIteration
 from sim.deployment import check_deployment, simulate_seed
 from sim.expert_warnings import expert_settings_without_effect, plan_settings_without_effect
 from sim.policies.instance_plan.base import phases
@@ -89,6 +90,12 @@ def _warnings(scenario: Scenario, setup: Setup) -> list[str]:
             f"with {reason} a replica keeps one batch in flight, and its "
             f"pp_size={scenario.pp_size} stages wait for each other; "
             "engine.batches_in_flight=1 says that this is meant"
+        )
+    scales = setup.elastic is not None or isinstance(setup.cost, ScaledIteration)
+    if scenario.scaling is not None and not scales:
+        found.append(
+            f"scaling={scenario.scaling.name} has no effect with cost={scenario.cost.value} and "
+            "without elastic instances; take cost=scaled, or scaling=null"
         )
     if setup.elastic is not None:
         found += _without_effect_on_elastic(scenario)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hardware_models.scaling import ScalingBase
 from sim.costs.base import IterationCost
 from sim.costs.fitted import Fitted
 from sim.costs.kernel_cost import KernelCost
@@ -12,7 +13,7 @@ from sim.costs.scaled import ScaledIteration
 from sim.costs.seconds import NOTHING
 from sim.expert_setup import EvenCost
 from sim.models.work import IterationShape
-from sim.trace import Trace
+from sim.trace import DECODE, Trace
 
 NAMES = {
     "measured": "measured points",
@@ -31,7 +32,7 @@ def cost_shares(cost: IterationCost, traces: Sequence[Trace]) -> dict[str, float
     if isinstance(cost, Fitted):
         return _fitted_shares(cost, traces)
     if isinstance(cost, ScaledIteration):
-        return {FITTED: 1.0}
+        return _scaled_shares(cost.base, traces)
     if isinstance(cost, KernelCost):
         if isinstance(cost.kernels, RooflineKernels):
             return {NAMES["datasheet"]: 1.0}
@@ -58,6 +59,23 @@ def _kernel_shares(cost: KernelCost | EvenCost, traces: Sequence[Trace]) -> dict
             spent = spent.plus(cost.sources(shape._replace(decode_context=middle)).times(count))
     parts = zip(spent._fields, spent, strict=True)
     return {NAMES[name]: part / spent.total for name, part in parts if part}
+
+
+def _scaled_shares(base: ScalingBase, traces: Sequence[Trace]) -> dict[str, float]:
+    """By the degree of each group: of those that were measured, and of the others."""
+    measured, total = 0.0, 0.0
+    for trace in traces:
+        members = trace.members
+        if not len(members["step"]):  # one instance at a time
+            return {FITTED: 1.0} if 1 in base.measured_degrees else {NAMES["interpolated"]: 1.0}
+        keys = np.stack([members[name] for name in ("step", "kind", "group")])
+        _, group, size = np.unique(keys, axis=1, return_inverse=True, return_counts=True)
+        seconds = np.nan_to_num(members["end_s"] - members["start_s"])
+        known = np.isin(size[group.reshape(-1)], base.measured_degrees)
+        measured += float(seconds[known | (members["kind"] == DECODE)].sum())
+        total += float(seconds.sum())
+    shares = {FITTED: measured / total, NAMES["interpolated"]: 1 - measured / total}
+    return {name: share for name, share in shares.items() if share}
 
 
 def _fitted_shares(cost: Fitted, traces: Sequence[Trace]) -> dict[str, float]:

@@ -85,6 +85,12 @@ def prepare_elastic(
     known = scenario.scaling
     if known is None:
         known = profiled_base(groups, scenario.num_replicas, scenario.model.name)
+    elif known.model != scenario.model.name or known.tp_size != scenario.tp_size:
+        raise ValueError(
+            f"scaling={known.name} is of model={known.model} with tp_size={known.tp_size}, and "
+            f"there are model={scenario.model.name} and tp_size={scenario.tp_size}; take another, "
+            "or scaling=null for a fit to the scenario's own cost"
+        )
     if known.max_degree < scenario.num_replicas:
         raise ValueError(
             f"scaling={known.name} knows up to {known.max_degree} instances, and there are "
@@ -114,7 +120,10 @@ def _exchange(scenario: Scenario, architecture: Architecture, kv_bytes_per_token
     """Between the ranks of two instances: over the network, where they are on several nodes."""
     hardware = scenario.cluster or node_of(scenario, scenario.num_replicas)
     links = LinkCollectives(hardware)
-    nodes = 2 if isinstance(hardware, Cluster) else 1
+    apart = isinstance(hardware, Cluster) and (
+        scenario.num_replicas * scenario.tp_size > hardware.node.num_gpus
+    )
+    nodes = 2 if apart else 1
     latency_s = links.seconds("send_recv", 2, 0, nodes).seconds
     probe_bytes = 1e8
     moving_s = links.seconds("send_recv", 2, probe_bytes, nodes).seconds - latency_s

@@ -286,6 +286,11 @@ def busy_share(trace: Trace, num_replicas: int = 1, lanes: int = 1) -> float:
     if not len(iterations["start_s"]):
         return 0.0
     span = iterations["end_s"].max() - trace.requests["arrival_s"].min()
+    members = trace.members
+    if len(members["step"]):  # elastic instances: each counts for itself, whatever its group
+        known = ~np.isnan(members["end_s"])
+        busy_s = (members["end_s"] - members["start_s"])[known].sum()
+        return min(float(busy_s / span / num_replicas), 1.0)
     if lanes > 1:
         # The sum of the pieces may exceed the whole by a rounding.
         return min(covered_s(iterations, num_replicas) / float(span) / num_replicas, 1.0)
@@ -314,8 +319,10 @@ def rerouted(trace: Trace) -> dict[str, int]:
     """What replicas that died left to others: how often a request was sent again, and its tokens.
 
     These are of the prompt and of the answer so far; they are to be prefilled again, except for
-    what is cached where the request goes.
+    what is cached where the request goes. Of elastic instances that died: whoever had KV there.
     """
+    if len(trace.steps["lost"]):
+        return _recomputed(trace)
     routes = trace.routes
     _, first = np.unique(routes["request"], return_index=True)
     again = np.ones(len(routes["request"]), np.bool_)
@@ -326,6 +333,22 @@ def rerouted(trace: Trace) -> dict[str, int]:
     prompts = trace.requests["prompt_tokens"][rows]
     tokens = prompts.sum() + routes["generated_tokens"][again].sum()
     return {"num_rerouted": int(again.sum()), "rerouted_tokens": int(tokens)}
+
+
+def _recomputed(trace: Trace) -> dict[str, int]:
+    """Of elastic instances: requests that a loss sent back to the queue, as they were prefilled."""
+    events, state = trace.events, trace.events["state"]
+    lost = events["request"][state == State.lost]
+    when_s = events["instant_s"][state == State.lost]
+    lists, decisions = trace.decision_lists, trace.decisions
+    row = np.repeat(np.arange(len(decisions["instant_s"])), lists["prefilled"].counts())
+    begun_s, who = decisions["instant_s"][row], lists["prefilled"].values
+    tokens = lists["prefilled_tokens"].values
+    total = 0
+    for request, at_s in zip(lost.tolist(), when_s.tolist(), strict=True):
+        again = np.flatnonzero((who == request) & (begun_s >= at_s))
+        total += int(tokens[again[np.argmin(begun_s[again])]]) if len(again) else 0
+    return {"num_rerouted": len(lost), "rerouted_tokens": total}
 
 
 def _of(events: Mapping[str, Array], state: State) -> Ints:

@@ -66,6 +66,8 @@ def _lost_their_seat(trace: Trace) -> NDArray[np.bool_]:
 
 def _free_blocks(trace: Trace) -> Steps:
     """As observed at each decision; the sum over all replicas."""
+    if len(trace.steps["instant_s"]):  # each observation is of all elastic instances
+        return Steps(trace.steps["instant_s"], trace.steps["free_slots"])
     decisions = trace.decisions
     instant_s = np.asarray(decisions["instant_s"], np.float64)
     free = np.asarray(decisions["free_blocks"], np.int64)

@@ -131,7 +131,8 @@ def check_workload(scenario: Scenario, setup: Setup, seed: int) -> WorkloadTotal
     """
     pool_tokens = setup.limits.num_blocks * setup.limits.block_size
     if setup.elastic is not None:  # a request's KV may lie on all of them
-        pool_tokens = setup.elastic.slots
+        gone = len(scenario.faults)  # and once some are lost, on what is left
+        pool_tokens = setup.elastic.slots - gone * setup.limits.num_blocks
     most = min(setup.max_model_tokens, pool_tokens)
     return check(scenario.workload, seed, most, prefixes=setup.limits.prefix_caching)
 

@@ -78,6 +78,10 @@ def latencies(trace: Trace, times: RequestTimes, *, steady: bool = True) -> dict
 
 def _transfers(trace: Trace, setup: Setup) -> dict[str, float]:
     """How long requests took from their first token to decoding elsewhere, and what KV moved."""
+    if len(trace.steps["instant_s"]):
+        moved = int(trace.kv_moves["tokens"].sum()) * setup.kv_bytes_per_token
+        never = float("nan")
+        return {"hand_over_mean_s": never, "hand_over_p99_s": never, "kv_bytes_moved": moved}
     tokens = trace.hand_overs["kv_tokens"].tolist()
     names = ("hand_over_mean_s", "hand_over_p99_s", "kv_bytes_moved")
     if not tokens:

@@ -27,7 +27,7 @@ def work_done(
     trace: Trace, architecture: Architecture, kv_bytes_per_token: int, *,
     computes_prompts: bool = True,
 ) -> WorkDone:  # fmt: skip
-    """Add up what all iterations computed, wrote and read, and what was written by hand-overs.
+    """Add up what all iterations computed, wrote and read, and what was written where KV moved to.
 
     A decision that stands for k iterations reads a context that grows by one token a request each.
 
@@ -55,4 +55,5 @@ def work_done(
     )
     moved = trace.hand_overs
     written = stored + int(moved["kv_tokens"][~np.isnan(moved["delivered_s"])].sum())
+    written += int(trace.kv_moves["tokens"][~np.isnan(trace.kv_moves["end_s"])].sum())
     return WorkDone(tokens, flops, written * kv_bytes_per_token, read * kv_bytes_per_token)

@@ -37,11 +37,11 @@ class KernelGroups:
         self._cost, self._exchange = cost, exchange
 
     def prefill_s(self, degree: int, lengths: Sequence[int]) -> float:
-        """See `ElasticCost`. What of the ring takes longer than attention is waited for."""
+        """See `ElasticCost`. In its turns a member reads all KV; a slower ring is waited for."""
         tokens, pairs = sum(lengths), sum([causal_pairs(one, 0) for one in lengths])
         share = -(-tokens // degree)
         count = len(lengths)
-        shape = IterationShape(share, -(-pairs // degree), share, count, 0, 0, count)
+        shape = IterationShape(share, -(-pairs // degree), tokens, count, 0, 0, count)
         whole_s = self._cost.iteration_s(shape)
         if degree == 1:
             return whole_s

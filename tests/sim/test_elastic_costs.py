@@ -110,10 +110,10 @@ def test_one_instance_prefills_as_a_replica_does() -> None:
 
 
 @pytest.mark.parametrize("degree", [2, 3, 4])
-def test_with_free_links_a_member_computes_its_share_of_tokens_and_pairs(degree: int) -> None:
+def test_with_free_links_a_member_computes_its_share_and_reads_all_kv(degree: int) -> None:
     cost, tokens = kernels(), 120_000
     pairs = -(-tokens * (tokens + 1) // 2 // degree)
-    share = IterationShape(tokens // degree, pairs, tokens // degree, 1, 0, 0, 1)
+    share = IterationShape(tokens // degree, pairs, tokens, 1, 0, 0, 1)
     assert KernelGroups(cost, FREE).prefill_s(degree, [tokens]) == cost.iteration_s(share)
 
 

@@ -69,7 +69,7 @@ class Placed(NamedTuple):
 
 @dataclass(kw_only=True)
 class ElasticSp(ElasticPlan):
-    """Defaults are those of the paper's runs."""
+    """Defaults are those of the paper's runs on one node, of its mixed dataset."""
 
     attempt_every: int = 10
     """Rounds of decoding from one attempt to admit to the next."""
@@ -93,7 +93,8 @@ class ElasticSp(ElasticPlan):
     scale_down_decode: bool = True
     """Whether KV of batches is packed to free instances for a prefill."""
     migration_s_per_token: float = 512 * 2**10 / (400 * 2**30 * 2)
-    """For the gain of packing: 512 KiB of KV over 400 GiB/s of each of two GPUs of an instance."""
+    """For the gain of packing. The paper's model and node: 512 KiB of KV over 400 GiB/s of each of
+    two GPUs of an instance; another model or slower links take another number."""
     prior_output_tokens: float = 512.0
     """The mean length of answers starts from one answer of this length."""
 
@@ -104,6 +105,11 @@ class ElasticSp(ElasticPlan):
         for name in ("decode_round_s", "max_prefill_s", "migration_s_per_token"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 < self.prior_output_tokens < float("inf"):
+            raise ValueError(
+                f"prior_output_tokens={self.prior_output_tokens} must be positive and finite; try "
+                "512"
+            )
         if self.max_out_of_order < 0:
             raise ValueError(
                 f"max_out_of_order={self.max_out_of_order} must not be negative; 0 keeps the "
