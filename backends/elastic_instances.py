@@ -43,11 +43,26 @@ class ObservedState(ElasticState):
     ) -> None:
         super().__init__(limits, num_instances, scaling)
         self._observed = observed
+        self._at_begin = observed.copy()
+        """Of the round under way."""
 
     @property
     def free_slots(self) -> Ints:
-        """See `ElasticView`."""
-        return self._observed
+        """See `ElasticView`. A member of a round shows what it had when the round began.
+
+        One that is done with it has reported the slots of its new tokens, others have not.
+        """
+        decoding = list(self.decoding)
+        if not decoding:
+            return self._observed
+        free = self._observed.copy()
+        free[decoding] = self._at_begin[decoding]
+        return free
+
+    def begin_round(self, groups: Sequence[DecodeGroup]) -> list[Group]:
+        """See `ElasticState`."""
+        self._at_begin = self._observed.copy()
+        return super().begin_round(groups)
 
 
 class _Running(NamedTuple):
@@ -89,7 +104,8 @@ class ElasticInstances:
         """What migrated in a step that a loss broke off: nothing else of it began."""
         self._again = False
         """Whether the plan is asked again at once: its last step began nothing."""
-        self._start = 0.0
+        self._start = self._seen_s = 0.0
+        """The clock's reading at t = 0, and the instant until which arrivals were taken in."""
 
     def serve(self, source: Source, start: float) -> None:
         """Serve all requests of a source at their arrival times.
@@ -123,7 +139,8 @@ class ElasticInstances:
     # What happens of itself --------------------------------------------------------------------
 
     def _arrive(self, arrivals: Arrivals) -> bool:
-        came = list(arrivals.until(self._now_s()))
+        self._seen_s = self._now_s()
+        came = list(arrivals.until(self._seen_s))
         for request in came:
             self.log.arrived(request)
             self._state.submit(request)
@@ -203,8 +220,8 @@ class ElasticInstances:
         Raises:
             ValueError: it breaks its rules.
         """
-        now_s, self._again = self._now_s(), False
-        self._in_flight = []
+        self._again, self._in_flight = False, []
+        now_s = self._seen_s  # what arrives from then on, the plan does not see
         for one in lost[:-1]:  # noted together: the plan is asked once
             self.log.asked(now_s, Step(), one)
         step = self._plan.step(self._memory, self._state)
