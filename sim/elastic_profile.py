@@ -1,6 +1,8 @@
 # pyright: basic
 """What profiling a cost tells a plan of elastic instances. scipy comes without complete types."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,19 +26,52 @@ def profiled_base(cost: ElasticCost, max_degree: int, model: str) -> ScalingBase
     prefill: list[PrefillScaling] = []
     for degree in range(1, max_degree + 1):
         seconds = np.array([cost.prefill_s(degree, [length]) for length in PROBES])
-        lengths = np.array(PROBES, np.float64)
-        terms = np.stack([np.ones_like(lengths), lengths, lengths**2], 1) / seconds[:, None]
-        base_s, token_s, square_s = _least_squares(terms)
-        if prefill:
-            token_s, square_s = (
-                min(token_s, prefill[-1].token_s),
-                min(square_s, prefill[-1].square_s),
-            )
-        prefill.append(PrefillScaling(base_s=max(base_s, 1e-9), token_s=token_s, square_s=square_s))
+        prefill.append(fitted_prefill(PROBES, seconds, prefill[-1] if prefill else None))
     return ScalingBase(
         name="profiled", model=model, device="as the scenario's",
         prefill=prefill, decode=_profiled_decode(cost),
         source="fitted to the scenario's own cost",
+    )  # fmt: skip
+
+
+def fitted_prefill(
+    lengths: Sequence[int], seconds: Sequence[float] | NDArray[np.float64],
+    fewer: PrefillScaling | None,
+) -> PrefillScaling:  # fmt: skip
+    """Coefficients of one degree, from single prompts.
+
+    Args:
+        lengths: tokens of each.
+        seconds: that each took.
+        fewer: coefficients of one instance fewer, which bound these; None: there is none.
+    """
+    tokens = np.array(lengths, np.float64)
+    terms = np.stack([np.ones_like(tokens), tokens, tokens**2], 1)
+    base_s, token_s, square_s = _least_squares(terms / np.asarray(seconds)[:, None])
+    if fewer is not None:
+        token_s, square_s = min(token_s, fewer.token_s), min(square_s, fewer.square_s)
+    return PrefillScaling(base_s=max(base_s, 1e-9), token_s=token_s, square_s=square_s)
+
+
+def fitted_decode(works: Sequence[DecodeWork], seconds: Sequence[float]) -> DecodeScaling:
+    """Coefficients of decode rounds of one group, from rounds of several sizes.
+
+    What every request costs and what those of the largest mini-batch cost is told apart only where
+    there are rounds of several masters; it is all put down to the latter.
+
+    Args:
+        works: what the group computed in each round.
+        seconds: that each took.
+    """
+    most = [max(np.add(one.tokens, one.growth)) for one in works]
+    terms = np.array([
+        (1.0, max(one.mini_batches), tokens, len(one.mini_batches) > 1)
+        for one, tokens in zip(works, most, strict=True)
+    ], np.float64)  # fmt: skip
+    base_s, request_s, token_s, exchange_s = _least_squares(terms / np.asarray(seconds)[:, None])
+    return DecodeScaling(
+        base_s=base_s, request_s=0.0, master_request_s=request_s, context_token_s=token_s,
+        exchange_s=exchange_s,
     )  # fmt: skip
 
 
@@ -54,11 +89,10 @@ def _profiled_decode(cost: ElasticCost) -> DecodeScaling:
     )  # fmt: skip
 
 
-def _least_squares(terms: NDArray[np.float64]) -> tuple[float, float, float]:
+def _least_squares(terms: NDArray[np.float64]) -> list[float]:
     """Coefficients, none negative, that bring every row of terms near 1."""
     from scipy.optimize import nnls  # only whoever profiles waits for it
 
     scale = terms.max(axis=0)
     found = np.asarray(nnls(terms / scale, np.ones(len(terms)))[0] / scale, np.float64)
-    base, token, square = found.tolist()
-    return base, token, square
+    return found.tolist()

@@ -18,7 +18,7 @@ from backends.serving import RANDOM
 from hardware_models.scaling import DecodeScaling, PrefillScaling, ScalingBase
 from scenarios.validation.decisions import difference, stopped_lines, tiny_architecture
 from scenarios.validation.elastic_traffic import CHANGES, FLOAT32_BYTES, Traffic, Watched
-from scenarios.validation.verdict import Line, Verdict, judge_exact
+from scenarios.validation.verdict import Line, judge_exact
 from sim.decision_rows import Decision, expand
 from sim.elastic_trace import ElasticTables
 from sim.engine import ReplicaLimits
@@ -29,15 +29,15 @@ from sim.processes.elastic_instances import Deployment, simulate_elastic
 from sim.processes.elastic_pace import LoggedGroups, LoggedTransport
 from sim.trace import Trace
 from sim.trace_merge import of_replica
+from sim.workload.gamma import Gamma
 from sim.workload.lengths import LengthDistribution
-from sim.workload.poisson import Poisson
 from sim.workload.recorded import replayed
 from sim.workload.source import Source
 
 NUM_INSTANCES = 4
-LIMITS = ReplicaLimits(max_num_seqs=64, max_num_batched_tokens=4096, block_size=1, num_blocks=128)
+LIMITS = ReplicaLimits(max_num_seqs=64, max_num_batched_tokens=4096, block_size=1, num_blocks=96)
 """Slots of an instance for fewer tokens than many a prompt has."""
-MOST_PROMPT, MOST_ANSWER = 256, 24
+MOST_PROMPT, MOST_ANSWER = 256, 48
 COMPARED = {
     "steps": ("instant_s", "waiting", "running", "free_slots", "in_round", "lost", "migrations",
               "prefills", "decodes", "rounds"),
@@ -117,9 +117,9 @@ def exact_run(
     plan: ElasticPlan, count: int, seed: int, *, device: str = "cpu",
     corruption: Corruption | None = None, num_instances: int = NUM_INSTANCES,
 ) -> ElasticRun:  # fmt: skip
-    """Of so many requests, faster than they are served."""
-    load = Poisson(
-        rate_per_s=100.0, num_requests=count, input_tokens=20, output_tokens=200,
+    """Of so many requests in bursts: slots run out in them, and instances are idle between."""
+    load = Gamma(
+        rate_per_s=60.0, burstiness_cv=3.0, num_requests=count, input_tokens=40, output_tokens=200,
         lengths=LengthDistribution.exponential, max_tokens=MOST_PROMPT,
         max_output_tokens=MOST_ANSWER,
     )  # fmt: skip
@@ -286,8 +286,3 @@ def _kv_tokens(trace: Trace) -> _Tokens:
     assert (column["repeat"] == 1).all(), "a replay decides round by round"
     stored = int((column["prefill_tokens"] + column["num_decodes"]).sum())
     return _Tokens(stored, int(column["decode_context"].sum()))
-
-
-def missed(lines: list[Line]) -> list[Line]:
-    """Those that a test should look at."""
-    return [line for line in lines if line.verdict is Verdict.missed]
