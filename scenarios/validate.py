@@ -14,10 +14,12 @@ from scenarios.study import Study
 from scenarios.tables import console, grid
 from scenarios.validation.options import Fault, Options, split, with_short_chunks
 from scenarios.validation.verdict import Line, Verdict
+from sim.elastic_setup import is_elastic
 from sim.expert_setup import places_experts
 from sim.files import claim_folder, whole_folder, write_json
 from sim.knowledge_setup import retrieves, rules_of
 from sim.policies.batching.base import Batching
+from sim.policies.elastic import ElasticPlan
 from sim.policies.routing.base import Routing
 from sim.provenance import provenance
 from sim.result import plain
@@ -25,12 +27,14 @@ from sim.setup import lanes_of_replica
 
 if TYPE_CHECKING:
     from scenarios.validation.ask import Plan
+    from scenarios.validation.elastic_time import InstanceRuns
     from scenarios.validation.experts_time import PipelineRuns
     from scenarios.validation.timing import Runs
 
 ANSWERS = "validation.json"
 PICTURE = "timeline.png"
 REQUESTS = "requests.png"
+PLAN = "policy/instance_plan="
 TAKEN = (
     "policy", "accept", "engine.prefix_caching", "engine.batches_in_flight", "num_replicas",
     "tp_size", "pp_size", "faults",
@@ -76,6 +80,8 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
     names = _rule_names(families, study, overrides, config_dir)
     chosen = tuple(f"policy/{family}=" for family in families)
     rest = [text for text in overrides if not text.startswith(chosen)]
+    # Of several plans the first one says what kind of study this is.
+    rest = [text.split(",")[0] if text.startswith(PLAN) else text for text in rest]
 
     def composed(family: str, name: str) -> Study:
         return typed(compose_config(study, [*rest, f"policy/{family}={name}"], config_dir))
@@ -115,10 +121,46 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
             *({name: getattr(composed(family, name).policy, family) for name in names[family]}
               for family in ("micro_batching", "expert_balance"))
         )  # fmt: skip
+    elastic = None
+    if is_elastic(last):
+        _require_no_faults(last)
+        plans = _rule_names(("instance_plan",), study, overrides, config_dir)["instance_plan"]
+        elastic = _elastic_plans({name: composed("instance_plan", name) for name in plans})
     return Plan(
         study, options, policies, accept, out, prefix_caching, last.num_replicas, routings, *sizes,
-        last.policy.instance_plan, tuple(last.faults), lanes, knowledge, experts,
+        last.policy.instance_plan, tuple(last.faults), lanes, knowledge, experts, elastic,
     )  # fmt: skip
+
+
+def _elastic_plans(studies_of: Mapping[str, Study]) -> dict[str, ElasticPlan]:
+    """The plan of each study.
+
+    Raises:
+        ValueError: one of them does not form groups anew.
+    """
+    found: dict[str, ElasticPlan] = {}
+    for name, one in studies_of.items():
+        plan = one.policy.instance_plan
+        if not isinstance(plan, ElasticPlan):
+            raise ValueError(
+                f"policy/instance_plan={name} forms no groups and is validated by itself; leave it "
+                "out beside elastic plans"
+            )
+        found[name] = plan
+    return found
+
+
+def _require_no_faults(study: Study) -> None:
+    """Refuse losses, which the replay of elastic instances does not take.
+
+    Raises:
+        ValueError: the study has some.
+    """
+    if study.faults:
+        raise ValueError(
+            "faults are not validated for elastic instances; set faults=[] (the laws of losses are "
+            "tested in tests/pairs)"
+        )
 
 
 def _require_one_replica(study: Study) -> None:
@@ -127,7 +169,7 @@ def _require_one_replica(study: Study) -> None:
     Raises:
         ValueError: says what to leave out.
     """
-    several = study.tp_size * study.pp_size > 1
+    several = study.tp_size * study.pp_size > 1 and not is_elastic(study)
     if several and (study.engine.prefix_caching or study.num_replicas > 1 or study.faults):
         raise ValueError(
             f"tp_size={study.tp_size} and pp_size={study.pp_size} are validated for one replica "
@@ -138,8 +180,10 @@ def _require_one_replica(study: Study) -> None:
 
 def _accept_keys(study: Study) -> tuple[str, ...]:
     """What a study may name under `accept`."""
-    from scenarios.validation import experts_time, knowledge_time, timing
+    from scenarios.validation import elastic_time, experts_time, knowledge_time, timing
 
+    if is_elastic(study):
+        return elastic_time.ACCEPT_KEYS
     if retrieves(study):
         return knowledge_time.ACCEPT_KEYS
     return experts_time.ACCEPT_KEYS if places_experts(study) else timing.ACCEPT_KEYS
@@ -225,7 +269,9 @@ def _errors(line: Line) -> Iterator[str]:
     yield "" if line.accepted is None else style.format(line.accepted)
 
 
-def _write(plan: "Plan", lines: Sequence[Line], runs: "Mapping[str, Runs | PipelineRuns]") -> None:
+def _write(
+    plan: "Plan", lines: Sequence[Line], runs: "Mapping[str, Runs | PipelineRuns | InstanceRuns]"
+) -> None:
     """Write the answers and, of the last policy that was timed, the picture."""
     content = {
         "study": plan.study,
@@ -239,13 +285,18 @@ def _write(plan: "Plan", lines: Sequence[Line], runs: "Mapping[str, Runs | Pipel
             _draw(list(runs.values())[-1], building, of_knowledge=plan.knowledge is not None)
 
 
-def _draw(last: "Runs | PipelineRuns", folder: Path, *, of_knowledge: bool) -> None:
+def _draw(last: "Runs | PipelineRuns | InstanceRuns", folder: Path, *, of_knowledge: bool) -> None:
     """The pictures of what was timed."""
     from scenarios.knowledge_plot import three_requests
     from scenarios.pipeline_plot import two_pipelines
     from scenarios.plots import two_panels
+    from scenarios.elastic_plot import two_timelines
+    from scenarios.validation.elastic_time import InstanceRuns
     from scenarios.validation.experts_time import PipelineRuns
 
+    if isinstance(last, InstanceRuns):
+        two_timelines(last.simulated, last.measured, last.title, folder / PICTURE)
+        return
     if isinstance(last, PipelineRuns):
         two_pipelines(last.simulated, last.measured, last.title, folder / PICTURE)
         return

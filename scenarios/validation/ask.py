@@ -14,9 +14,17 @@ from backends.serving import open_model, require_model, use_one_thread
 from backends.transformer import Transformer
 from backends.weights import random_model
 from scenarios.tables import console
-from scenarios.validation import expert_ranks, handed_over, knowledge, several_ranks, timing
+from scenarios.validation import (
+    elastic_ranks,
+    expert_ranks,
+    handed_over,
+    knowledge,
+    several_ranks,
+    timing,
+)
 from scenarios.validation.calibrated import CalibratedCosts
 from scenarios.validation.decisions import exact_lines
+from scenarios.validation.elastic_time import InstanceRuns
 from scenarios.validation.experts_time import PipelineRuns
 from scenarios.validation.failing import failing_lines
 from scenarios.validation.lanes_time import LanePanels
@@ -30,6 +38,7 @@ from sim.faults import Fault as PartFault
 from sim.knowledge_rules import Rules
 from sim.policies.batching.base import Batching
 from sim.policies.cache_eviction.base import CacheEviction
+from sim.policies.elastic import ElasticPlan
 from sim.policies.expert_balance.base import ExpertBalance
 from sim.policies.instance_plan.base import InstancePlan, phases
 from sim.policies.instance_plan.colocated import Colocated
@@ -81,6 +90,8 @@ class Plan(NamedTuple):
     """Of a study that retrieves documents: what is asked is its knowledge cache."""
     experts: ExpertRules | None = None
     """Of a study whose plan places experts: what is asked is attention and expert ranks."""
+    elastic: Mapping[str, ElasticPlan] | None = None
+    """Of a study whose instances form groups anew: every plan that is asked, by name."""
 
     @property
     def routing(self) -> Routing:
@@ -88,7 +99,7 @@ class Plan(NamedTuple):
         return next(iter(self.routings.values()))
 
 
-def answer(plan: Plan) -> tuple[list[Line], Mapping[str, Runs | PipelineRuns]]:
+def answer(plan: Plan) -> tuple[list[Line], Mapping[str, Runs | PipelineRuns | InstanceRuns]]:
     """Every line of the table, and the timed runs by policy (none if time was not asked about)."""
     use_one_thread()
     asked = set(plan.options.only)
@@ -97,6 +108,9 @@ def answer(plan: Plan) -> tuple[list[Line], Mapping[str, Runs | PipelineRuns]]:
         return _in_order(lines, asked), runs
     if plan.experts is not None:
         lines, runs = expert_ranks.answer(plan, plan.experts)
+        return _in_order(lines, asked), runs
+    if plan.elastic is not None:
+        lines, runs = elastic_ranks.answer(plan, plan.elastic)
         return _in_order(lines, asked), runs
     if plan.tp_size * plan.pp_size > 1:
         lines, runs = several_ranks.answer(plan)

@@ -16,16 +16,18 @@ from rich.progress import Progress
 
 from backends.elastic_orders import Work
 from backends.elastic_serving import ElasticRun, serve_elastic
-from backends.weights import TINY_CONFIG
+from backends.weights import TINY_CONFIG, random_model
 from hardware_models.scaling import DecodeScaling, PrefillScaling, ScalingBase
 from scenarios.validation.elastic import tiny_scaling
 from scenarios.validation.elastic_script import Job, OneAfterAnother, dealt
+from scenarios.validation.elastic_traffic import FLOAT32_BYTES
 from scenarios.validation.intervals import Floats, two_stage
 from scenarios.validation.verdict import Line, Verdict, judge_error
 from sim.costs.elastic import DecodeWork, Scaled
 from sim.elastic_profile import fitted_decode, fitted_prefill
 from sim.elastic_trace import DECODE, PREFILL, ElasticTables
 from sim.engine import ReplicaLimits
+from sim.models.parameters import kv_bytes_per_token
 from sim.policies.elastic import ElasticPlan
 from sim.policies.instance_plan.elastic_sp import ElasticSp
 from sim.processes.elastic_instances import Deployment, simulate_elastic
@@ -46,7 +48,7 @@ JUDGED = (320, 576, 896)
 DEGREES = (1, 2)
 PASSES = 6
 """Of every length at every degree, in one run of the two ranks."""
-PAIRED, PAIRS_A_PASS = 576, 2
+PAIRED, PAIRS_A_PASS = 640, 2
 """Length of the prompts that are prefilled with and without scale-down, and how often."""
 ROUNDS = 6
 """Of decoding, of every batch in a pass."""
@@ -77,15 +79,14 @@ class Repeat:
     work: list[Work]
     """Of every rank in every prefill."""
     base: ScalingBase
-    """Fitted to the calibrated jobs."""
+    """Fitted to the calibrated jobs: what the plan of the picture knows."""
+    alone: list[ScalingBase]
+    """Of each degree by itself. In a base of both, more instances never gain nothing, as they may
+    on a machine whose cores are busy."""
 
     def prefills(self, degree: int, length: int, *, spread: bool = False) -> Floats:
-        """Seconds of all with these sizes."""
-        return np.array([
-            one.prefill_s for one in self.timings
-            if not one.job.rounds
-            and (one.job.degree, one.length, one.job.spread) == (degree, length, spread)
-        ])  # fmt: skip
+        """Seconds of all prefills of one request with these sizes."""
+        return prefills(self.timings, degree, length, spread=spread)
 
     def rounds(self, requests: int, length: int, masters: int) -> Floats:
         """[batches, rounds] seconds of batches of a size."""
@@ -134,7 +135,10 @@ def time_once(seed: int) -> Repeat:
     )  # fmt: skip
     timings = list(_timings(served.tables, jobs))
     work = [one for one in served.work if one.kind == "prefill"]
-    return Repeat(timings, work, fitted_base(timings))
+    prefill = fitted_prefills(timings, bounded=False)
+    base = fitted_base(timings)
+    alone = [_base([one], base.decode) for one in prefill]
+    return Repeat(timings, work, base, alone)
 
 
 def _jobs(stream: np.random.Generator) -> list[tuple[Job, int]]:
@@ -180,25 +184,39 @@ def _groups(tables: ElasticTables) -> list[tuple[int, float, float]]:
     return list(found.values())
 
 
-def fitted_base(timings: Sequence[Timing]) -> ScalingBase:
-    """What the calibrated lengths and batches say of the others; medians over passes."""
-    prefill: list[PrefillScaling] = []
+def fitted_prefills(timings: Sequence[Timing], *, bounded: bool) -> list[PrefillScaling]:
+    """What the calibrated lengths say of the others, by degree; medians over passes.
+
+    Args:
+        timings: of all jobs.
+        bounded: whether no coefficient may exceed that of one instance fewer.
+    """
+    found: list[PrefillScaling] = []
     for degree in DEGREES:
-        seconds = [
-            float(np.median([
-                one.prefill_s for one in timings
-                if not one.job.rounds and not one.job.spread
-                and (one.job.degree, one.length) == (degree, length)
-            ]))
-            for length in CALIBRATED
-        ]  # fmt: skip
-        prefill.append(fitted_prefill(CALIBRATED, seconds, prefill[-1] if prefill else None))
+        seconds = [float(np.median(prefills(timings, degree, length))) for length in CALIBRATED]
+        found.append(fitted_prefill(CALIBRATED, seconds, found[-1] if found and bounded else None))
+    return found
+
+
+def prefills(
+    timings: Iterable[Timing], degree: int, length: int, *, spread: bool = False
+) -> Floats:
+    """Seconds of all prefills of one request with these sizes."""
+    return np.array([
+        one.prefill_s for one in timings
+        if not one.job.rounds
+        and (one.job.degree, one.length, one.job.spread) == (degree, length, spread)
+    ])  # fmt: skip
+
+
+def fitted_base(timings: Sequence[Timing]) -> ScalingBase:
+    """What the calibrated lengths and batches say, as plans know it."""
     rounds = [
         (_work(one, number), seconds) for one in timings
         if (one.job.requests, one.length) in CALIBRATED_BATCHES
         for number, seconds in enumerate(one.round_s)
     ]  # fmt: skip
-    return _base(prefill, fitted_decode(*zip(*rounds, strict=True)))
+    return _base(fitted_prefills(timings, bounded=True), fitted_decode(*zip(*rounds, strict=True)))
 
 
 def _work(timing: Timing, rounds: int) -> DecodeWork:
@@ -255,7 +273,7 @@ def time_lines(repeats: Sequence[Repeat], accept: dict[str, float], seed: int) -
 
 
 def _predicted_s(repeat: Repeat, degree: int, length: int) -> float:
-    return Scaled(repeat.base).prefill_s(degree, [length])
+    return Scaled(repeat.alone[degree - 1]).prefill_s(1, [length])
 
 
 def _prefill_ratios(repeat: Repeat, degree: int, length: int) -> Floats:
@@ -394,7 +412,8 @@ def both_panels(base: ScalingBase, seed: int) -> InstanceRuns:
     )  # fmt: skip
     run = _run(plan, load, base, seed)
     served = serve_elastic(run)
-    deployment = Deployment(plan, LIMITS, run.num_instances, base, TOKEN_BYTES)
+    token_bytes = kv_bytes_per_token(random_model(CONFIG).config, FLOAT32_BYTES)
+    deployment = Deployment(plan, LIMITS, run.num_instances, base, token_bytes)
     trace, tables = simulate_elastic(
         Source(load, seed, LIMITS.num_blocks), deployment, CostedGroups(Scaled(base)),
         InstantTransport,
