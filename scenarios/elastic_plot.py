@@ -1,6 +1,7 @@
 """Elastic instances over time: a row an instance, a bar a group, its degree in it."""
 
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,16 +10,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter
 
-from scenarios.plot_style import INK, STYLE, write
-from sim.plot_data import end_s
+from scenarios.plot_style import FREE, INK, STYLE, WAITING, write
+from scenarios.plots import step
+from sim.plot_data import counts, end_s
 from sim.trace import PREFILL, Trace
 
-SHADES = {
-    True: ("#e8893b", "#b8551a", "#f2b27a"),
-    False: ("#4a7fb5", "#23527c", "#8db4d9", "#5b9aa0"),
-}
+SHADES = {True: ("#e8893b", "#c2611f"), False: ("#4a7fb5", "#2b5a8a")}
 """Of groups that prefill and of groups that decode: neighbours in time differ."""
+HATCH = "////"
+"""Of a member of a group that decodes and is no master."""
+LABEL_BOX: dict[str, Any] = {"boxstyle": "square,pad=0.15", "linewidth": 0}
 LABEL_SHARE = 0.012
 """Of the width of the picture: a bar that is narrower has no label."""
 MOST_WINDOWS = 24
@@ -69,8 +72,8 @@ def _groups(trace: Trace) -> Iterable[Stay]:
     names = ("step", "group", "kind", "instance", "requests", "start_s", "end_s")
     rows = zip(*(trace.members[name].tolist() for name in names), strict=True)
     members: dict[tuple[int, int, int], list[tuple[int, int, float, float]]] = {}
-    for step, group, kind, *rest in rows:
-        members.setdefault((step, group, kind), []).append(tuple(rest))
+    for at_step, group, kind, *rest in rows:
+        members.setdefault((at_step, group, kind), []).append(tuple(rest))
     found: list[Stay] = []
     for (_, _, kind), each in members.items():
         ends = [end for *_, end in each if not np.isnan(end)]
@@ -104,11 +107,13 @@ def instances(axes: Axes, trace: Trace, title: str, window: tuple[float, float])
             holds_only = not one.prefills and at not in one.masters
             axes.barh(
                 at, right - left, left=left, height=0.8, color=colour, edgecolor="white",
-                linewidth=0.4, alpha=0.55 if holds_only else 1.0,
+                linewidth=0.4, hatch=HATCH if holds_only else None,
             )  # fmt: skip
             if right - left >= LABEL_SHARE * (stop - start):
-                axes.text((left + right) / 2, at, str(one.degree), ha="center", va="center",
-                          fontsize=8, color="white", clip_on=True)  # fmt: skip
+                axes.text(
+                    (left + right) / 2, at, str(one.degree), ha="center", va="center", fontsize=8,
+                    color="white", clip_on=True, bbox=LABEL_BOX | {"facecolor": colour},
+                )  # fmt: skip
     axes.set_xlim(start, stop)
     axes.set_ylim(count - 0.5, -0.5)
     axes.set_yticks(range(count), [f"instance {at}" for at in range(count)])
@@ -126,7 +131,7 @@ def lively(trace: Trace) -> tuple[float, float]:
     for first in np.linspace(0, len(found) - GROUPS_SHOWN, MOST_WINDOWS).astype(int).tolist():
         part = found[first : first + GROUPS_SHOWN]
         changes = len({(one.prefills, one.degree) for one in part})
-        changes += sum(a.degree != b.degree for a, b in zip(part, part[1:], strict=False))
+        changes += sum(a.degree != b.degree for a, b in pairwise(part))
         window = float(starts[first]), max(one.end_s for one in part)
         best = max(best, (changes, window), key=lambda pair: pair[0])
     return best[1]
@@ -156,12 +161,48 @@ def two_timelines(simulated: Trace, measured: Trace, title: str, path: Path) -> 
         return write(figure, path)
 
 
+def overview(trace: Trace, path: Path, title: str) -> Path:
+    """A legible stretch of groups, and below it requests and free slots of the whole run.
+
+    Args:
+        trace: of elastic instances.
+        path: of the PNG, which is replaced.
+        title: what ran.
+    """
+    window, stop = lively(trace), end_s(trace)
+    found = counts(trace)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11.0, 8.2), layout="constrained")
+        close, queue, slots = figure.subplots(3, 1, height_ratios=(1.8, 1, 0.8)).tolist()
+        heading = f"{title}: groups from {window[0]:.3g} s to {window[1]:.3g} s"
+        instances(close, trace, heading, window)
+        close.set_xlabel("time (s)")
+        step(queue, found.running, INK, stop, label="running")
+        step(queue, found.waiting, WAITING, stop, label="waiting")
+        queue.set_title("whole run")
+        queue.set_ylabel("requests")
+        queue.tick_params(labelbottom=False)
+        queue.legend(loc="upper right", ncols=2)
+        instant_s, free = trace.steps["instant_s"], trace.steps["free_slots"]
+        slots.step(np.append(instant_s, stop), np.append(free, free[-1:]), where="post",
+                   color=FREE, linewidth=1.4)  # fmt: skip
+        slots.set_ylabel("free slots")
+        slots.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        slots.set_xlabel("time (s)")
+        for axes in (queue, slots):
+            axes.set_xlim(0, stop)
+            axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
+            axes.axvspan(*window, color="#f2c14e", alpha=0.35, linewidth=0)
+        legend(figure)
+        return write(figure, path)
+
+
 def legend(figure: Figure) -> None:
     """What the bars mean."""
     prefill, decode = SHADES[True][0], SHADES[False][0]
     handles: list[Any] = [
         Patch(color=prefill, label="prefill"), Patch(color=decode, label="decode, master"),
-        Patch(color=decode, alpha=0.55, label="decode, holds KV only"),
+        Patch(facecolor=decode, edgecolor="white", hatch=HATCH, label="decode, only holds KV"),
     ]  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles),
                   title="number in a bar: instances of its group")  # fmt: skip

@@ -39,7 +39,7 @@ def timeline(
     shown = (trace.iterations["end_s"] > start) & (trace.iterations["start_s"] < stop)
     sizes = batch_sizes(trace)[shown]
     _bars(axes, trace, shown, sizes)
-    _step(axes, counts(trace).running, INK, stop, width=1.3)
+    step(axes, counts(trace).running, INK, stop, width=1.3)
     top = max(int(sizes.max(initial=1)), _highest(counts(trace).running, start, stop))
     axes.set_xlim(start, stop)
     axes.set_ylim(0, top * 1.12)
@@ -105,13 +105,13 @@ def run_overview(trace: Trace, path: Path, title: str) -> Path:
         timeline(close, near, f"{title}: iterations from {window[0]:.3g} s to {window[1]:.3g} s",
                  window)  # fmt: skip
         close.set_xlabel("time (s)")
-        _step(queue, found.running, INK, stop, label="running")
-        _step(queue, found.waiting, WAITING, stop, label="waiting")
+        step(queue, found.running, INK, stop, label="running")
+        step(queue, found.waiting, WAITING, stop, label="waiting")
         queue.set_title("whole run")
         queue.set_ylabel("requests")
         queue.tick_params(labelbottom=False)
         queue.legend(loc="upper right", ncols=2)
-        _step(blocks, found.free_blocks, FREE, stop)
+        step(blocks, found.free_blocks, FREE, stop)
         blocks.set_ylabel("free KV blocks")
         blocks.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         blocks.set_xlabel("time (s)")
@@ -148,9 +148,10 @@ def _bars(axes: Axes, trace: Trace, shown: Any, sizes: Any) -> None:
         axes.add_collection(bars, autolim=False)
 
 
-def _step(
+def step(
     axes: Axes, steps: Steps, colour: str, stop: float, label: str = "", width: float = 1.4
 ) -> None:
+    """Draw a count that changes at instants, up to the end of a run."""
     at = np.append(steps.instant_s, stop)
     value = np.append(steps.value, steps.value[-1])
     axes.step(at, value, where="post", color=colour, linewidth=width, label=label or None)

@@ -87,20 +87,22 @@ def report(saved: Saved) -> list[Path]:
     """
     scenario = saved.configuration
     machine = (scenario["node"] or scenario["gpu"])["name"]
-    batching = scenario["policy_kinds"]["batching"]
-    title = f"{scenario['name']}: {scenario['model']['name']} on {machine}, {batching}"
+    trace = saved.trace()
+    elastic = len(trace.members["step"]) > 0  # then no batching policy was asked
+    rule = scenario["policy_kinds"]["instance_plan" if elastic else "batching"]
+    title = f"{scenario['name']}: {scenario['model']['name']} on {machine}, {rule}"
     out = tables.console()
     out.print(f"{title} ({saved.num_seeds} seeds)", style="bold")
     reason = tables.overload_reason(saved.summary["overloaded_seeds"], saved.num_seeds)
     tables.show_result(saved.figures, reason, saved.summary["cost_shares"])
-    trace = saved.trace()
 
     # Matplotlib takes a second to import, which a refused folder should not wait for.
-    from scenarios import latency_plot, perfetto, plots
+    from scenarios import elastic_plot, latency_plot, perfetto, plots
 
     folder = saved.folder
+    draw = elastic_plot.overview if elastic else plots.run_overview
     written = [
-        plots.run_overview(trace, folder / "timeline.png", title),
+        draw(trace, folder / "timeline.png", title),
         latency_plot.latencies(trace, folder / "latency.png", title, scenario["slo"]["ttft_s"]),
         perfetto.write(trace, folder / "trace.perfetto.json"),
     ]

@@ -287,10 +287,10 @@ def _write(
 
 def _draw(last: "Runs | PipelineRuns | InstanceRuns", folder: Path, *, of_knowledge: bool) -> None:
     """The pictures of what was timed."""
+    from scenarios.elastic_plot import two_timelines
     from scenarios.knowledge_plot import three_requests
     from scenarios.pipeline_plot import two_pipelines
     from scenarios.plots import two_panels
-    from scenarios.elastic_plot import two_timelines
     from scenarios.validation.elastic_time import InstanceRuns
     from scenarios.validation.experts_time import PipelineRuns
 

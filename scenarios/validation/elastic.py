@@ -262,7 +262,8 @@ def byte_lines(name: str, panels: ElasticPanels) -> list[Line]:
         "KV bytes read": (ours.read * token_bytes, read),
         "KV bytes freed": (stored_bytes, freed),
     }
-    return [exact_bytes(f"{name}: {what}", *pair) for what, pair in pairs.items()]
+    # A plan that never migrates moves nothing on both panels: no line of its own.
+    return [exact_bytes(f"{name}: {what}", *pair) for what, pair in pairs.items() if any(pair)]
 
 
 def exact_bytes(metric: str, ours: int, theirs: int, note: str = "") -> Line:

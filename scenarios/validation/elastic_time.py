@@ -39,7 +39,7 @@ from sim.workload.source import Source
 
 CONFIG: dict[str, object] = TINY_CONFIG | {
     "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
-    "num_attention_heads": 8, "num_key_value_heads": 8,
+    "num_attention_heads": 8, "num_key_value_heads": 4,
 }  # fmt: skip
 """Four million parameters: a prefill of some hundred tokens takes tens of milliseconds."""
 CALIBRATED = (256, 448, 704, 1024)
@@ -54,8 +54,8 @@ ROUNDS = 6
 """Of decoding, of every batch in a pass."""
 CALIBRATED_BATCHES, JUDGED_BATCH = ((1, 512), (4, 256), (12, 64), (12, 192)), (8, 128)
 """Requests that decode together, and the tokens of each one's prompt."""
-SHOWN = 16
-"""Requests of the picture."""
+SHOWN, SHOWN_SLOTS = 16, 1000
+"""Requests of the picture, and slots so few that the longest prompts need both instances."""
 LIMITS = ReplicaLimits(max_num_seqs=16, max_num_batched_tokens=1024, block_size=1, num_blocks=4096)
 ACCEPT_KEYS = ("prefill_error", "prefill_ratio_error", "round_error", "keep_share", "keep_error")
 """What a study may name under `accept`."""
@@ -133,11 +133,14 @@ def time_once(seed: int) -> Repeat:
             _any_base(), seed,
         )
     )  # fmt: skip
-    timings = list(_timings(served.tables, jobs))
     work = [one for one in served.work if one.kind == "prefill"]
-    prefill = fitted_prefills(timings, bounded=False)
+    return repeat_of(list(_timings(served.tables, jobs)), work)
+
+
+def repeat_of(timings: list[Timing], work: list[Work]) -> Repeat:
+    """One run with what its calibrated jobs say of the others."""
     base = fitted_base(timings)
-    alone = [_base([one], base.decode) for one in prefill]
+    alone = [_base([one], base.decode) for one in fitted_prefills(timings, bounded=False)]
     return Repeat(timings, work, base, alone)
 
 
@@ -212,14 +215,14 @@ def prefills(
 def fitted_base(timings: Sequence[Timing]) -> ScalingBase:
     """What the calibrated lengths and batches say, as plans know it."""
     rounds = [
-        (_work(one, number), seconds) for one in timings
+        (work_of(one, number), seconds) for one in timings
         if (one.job.requests, one.length) in CALIBRATED_BATCHES
         for number, seconds in enumerate(one.round_s)
     ]  # fmt: skip
     return _base(fitted_prefills(timings, bounded=True), fitted_decode(*zip(*rounds, strict=True)))
 
 
-def _work(timing: Timing, rounds: int) -> DecodeWork:
+def work_of(timing: Timing, rounds: int) -> DecodeWork:
     """Of a round after so many others: the first instance has all of the prompts."""
     job = timing.job
     mini = tuple(count for _, count in dealt(job.requests, range(job.masters)))
@@ -290,7 +293,7 @@ def _round_predicted_s(repeat: Repeat, masters: int) -> Floats:
     """Of the rounds of the judged batch, one after another."""
     requests, length = JUDGED_BATCH
     timing = Timing(Job(requests, 1, spread=False, masters=masters), length, 0.0, [])
-    return Scaled(repeat.base).round_run_s([_work(timing, 0)], ROUNDS)
+    return Scaled(repeat.base).round_run_s([work_of(timing, 0)], ROUNDS)
 
 
 def _round_ratios(repeat: Repeat, masters: int) -> Floats:
@@ -402,20 +405,21 @@ def both_panels(base: ScalingBase, seed: int) -> InstanceRuns:
     span_s = SHOWN * base.prefill_s(1, 512, 512**2)
     load = Recorded(
         arrival_s=np.sort(stream.uniform(0, span_s, SHOWN)).tolist(),
-        prompt_tokens=stream.choice((64, 128, 256, 512, 1024), SHOWN).tolist(),
-        output_tokens=stream.integers(8, 32, SHOWN).tolist(), max_output_tokens=32,
+        prompt_tokens=stream.choice((64, 256, 512, 1024), SHOWN).tolist(),
+        output_tokens=stream.integers(8, 48, SHOWN).tolist(), max_output_tokens=48,
     )  # fmt: skip
     round_s = base.decode.base_s + base.decode.exchange_s
     plan = ElasticSp(
         attempt_every=4, compute_bound_requests=3, decode_round_s=round_s,
         max_prefill_s=base.prefill_s(1, 1024, 1024**2), prior_output_tokens=20.0,
     )  # fmt: skip
-    run = _run(plan, load, base, seed)
+    limits = LIMITS._replace(num_blocks=SHOWN_SLOTS)
+    run = replace(_run(plan, load, base, seed), limits=limits)
     served = serve_elastic(run)
     token_bytes = kv_bytes_per_token(random_model(CONFIG).config, FLOAT32_BYTES)
-    deployment = Deployment(plan, LIMITS, run.num_instances, base, token_bytes)
+    deployment = Deployment(plan, limits, run.num_instances, base, token_bytes)
     trace, tables = simulate_elastic(
-        Source(load, seed, LIMITS.num_blocks), deployment, CostedGroups(Scaled(base)),
+        Source(load, seed, run.num_instances * SHOWN_SLOTS), deployment, CostedGroups(Scaled(base)),
         InstantTransport,
     )  # fmt: skip
     return InstanceRuns(
