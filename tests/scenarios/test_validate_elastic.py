@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,7 @@ from scenarios.validation.elastic_traffic import Traffic
 from scenarios.validation.verdict import Verdict
 from sim.costs.elastic import Scaled
 from sim.elastic_trace import DECODE, PREFILL
-from sim.models.architecture import Architecture
+from sim.models.architecture import load_architecture
 from sim.policies.instance_plan.elastic_sp import ElasticSp
 from sim.policies.instance_plan.static_sp import StaticSp
 from sim.steps import DecodeGroup, Migration, Prefill, Step
@@ -144,15 +145,13 @@ def test_traffic_of_steps_by_hand():
 
 
 def test_bytes_of_traffic_by_hand():
-    config = Architecture(
-        name="by_hand", family="llama", num_layers=3, hidden_size=8, num_heads=4,
-        num_kv_heads=2, head_dim=5, intermediate_size=1, vocab_size=1, max_position_embeddings=1,
-        rope_theta=1e4,
-    )  # fmt: skip
+    config = replace(
+        load_architecture("tiny_llama"), num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6
+    )
     found = Traffic(ring_tokens=10, queries=7, moved_tokens=2).payload_bytes(config)
     assert found == {
-        "ring": 10 * 3 * 2 * 2 * 5 * 4, "query": 7 * 3 * 4 * 5 * 4, "partial": 7 * 3 * 4 * 6 * 4,
-        "migration": 2 * 3 * 2 * 2 * 5 * 4, "migration_positions": 2 * 8,
+        "ring": 10 * 3 * 2 * 2 * 6 * 4, "query": 7 * 3 * 4 * 6 * 4, "partial": 7 * 3 * 4 * 7 * 4,
+        "migration": 2 * 3 * 2 * 2 * 6 * 4, "migration_positions": 2 * 8,
     }  # fmt: skip
 
 
