@@ -27,7 +27,7 @@ from sim.setup import lanes_of_replica
 
 if TYPE_CHECKING:
     from scenarios.validation.ask import Plan
-    from scenarios.validation.elastic_time import InstanceRuns
+    from scenarios.validation.elastic_both import InstanceRuns
     from scenarios.validation.experts_time import PipelineRuns
     from scenarios.validation.timing import Runs
 
@@ -291,7 +291,7 @@ def _draw(last: "Runs | PipelineRuns | InstanceRuns", folder: Path, *, of_knowle
     from scenarios.knowledge_plot import three_requests
     from scenarios.pipeline_plot import two_pipelines
     from scenarios.plots import two_panels
-    from scenarios.validation.elastic_time import InstanceRuns
+    from scenarios.validation.elastic_both import InstanceRuns
     from scenarios.validation.experts_time import PipelineRuns
 
     if isinstance(last, InstanceRuns):

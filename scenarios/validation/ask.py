@@ -24,7 +24,7 @@ from scenarios.validation import (
 )
 from scenarios.validation.calibrated import CalibratedCosts
 from scenarios.validation.decisions import exact_lines
-from scenarios.validation.elastic_time import InstanceRuns
+from scenarios.validation.elastic_both import InstanceRuns
 from scenarios.validation.experts_time import PipelineRuns
 from scenarios.validation.failing import failing_lines
 from scenarios.validation.lanes_time import LanePanels

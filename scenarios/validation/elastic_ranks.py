@@ -11,10 +11,10 @@ from backends.corruption import Corruption
 from backends.ranks import require_ranks
 from backends.serving import require_model
 from scenarios.tables import console
-from scenarios.validation import elastic_time
+from scenarios.validation import elastic_both
 from scenarios.validation.elastic import NUM_INSTANCES, cases, elastic_lines, exact_run
+from scenarios.validation.elastic_both import InstanceRuns
 from scenarios.validation.elastic_numbers import elastic_number_lines, scale_down_line
-from scenarios.validation.elastic_time import InstanceRuns
 from scenarios.validation.options import Device, Fault, Options, Question
 from scenarios.validation.verdict import Line, not_run
 from sim.policies.elastic import ElasticPlan
@@ -56,7 +56,7 @@ def answer(
         if Question.time in asked and options.device is Device.cuda:
             lines.append(not_run(Question.time, "timed on CPUs: a rank a core"))
         elif Question.time in asked:
-            runs[plan.study], timed = elastic_time.timed(
+            runs[plan.study], timed = elastic_both.timed(
                 options.sizes.repeats, plan.accept, options.seed, progress
             )
             lines += timed

@@ -8,34 +8,25 @@ timed between them. What it costs to keep KV elsewhere is compared pair by pair.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from rich.progress import Progress
 
 from backends.elastic_orders import Work
 from backends.elastic_serving import ElasticRun, serve_elastic
-from backends.weights import TINY_CONFIG, random_model
+from backends.weights import TINY_CONFIG
 from hardware_models.scaling import DecodeScaling, PrefillScaling, ScalingBase
 from scenarios.validation.elastic import tiny_scaling
 from scenarios.validation.elastic_script import Job, OneAfterAnother, dealt
-from scenarios.validation.elastic_traffic import FLOAT32_BYTES
 from scenarios.validation.intervals import Floats, two_stage
 from scenarios.validation.verdict import Line, Verdict, judge_error
 from sim.costs.elastic import DecodeWork, Scaled
 from sim.elastic_profile import fitted_decode, fitted_prefill
 from sim.elastic_trace import DECODE, PREFILL, ElasticTables
 from sim.engine import ReplicaLimits
-from sim.models.parameters import kv_bytes_per_token
 from sim.policies.elastic import ElasticPlan
-from sim.policies.instance_plan.elastic_sp import ElasticSp
-from sim.processes.elastic_instances import Deployment, simulate_elastic
-from sim.processes.elastic_pace import CostedGroups
-from sim.processes.kv_moves import InstantTransport
-from sim.trace import Trace
 from sim.workload.recorded import Recorded
-from sim.workload.source import Source
 
 CONFIG: dict[str, object] = TINY_CONFIG | {
     "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
@@ -54,8 +45,6 @@ ROUNDS = 6
 """Of decoding, of every batch in a pass."""
 CALIBRATED_BATCHES, JUDGED_BATCH = ((1, 512), (4, 256), (12, 64), (12, 192)), (8, 128)
 """Requests that decode together, and the tokens of each one's prompt."""
-SHOWN, SHOWN_SLOTS = 16, 1000
-"""Requests of the picture, and slots so few that the longest prompts need both instances."""
 LIMITS = ReplicaLimits(max_num_seqs=16, max_num_batched_tokens=1024, block_size=1, num_blocks=4096)
 ACCEPT_KEYS = ("prefill_error", "prefill_ratio_error", "round_error", "keep_share", "keep_error")
 """What a study may name under `accept`."""
@@ -97,35 +86,13 @@ class Repeat:
         ])  # fmt: skip
 
 
-class InstanceRuns(NamedTuple):
-    """What the picture shows: the same requests on both panels."""
-
-    simulated: Trace
-    measured: Trace
-    title: str
-
-
-def timed(
-    repeats: int, accept: dict[str, float], seed: int, progress: Progress
-) -> tuple[InstanceRuns, list[Line]]:
-    """Time everything so many times, and judge it."""
-    task = progress.add_task("time", total=repeats + 1)
-    found: list[Repeat] = []
-    for at in range(repeats):
-        found.append(time_once(seed + at))
-        progress.advance(task)
-    picture = both_panels(found[-1].base, seed)
-    progress.advance(task)
-    return picture, time_lines(found, accept, seed)
-
-
 def time_once(seed: int) -> Repeat:
     """Every job in every pass, in an order drawn anew for each."""
     jobs = _jobs(np.random.default_rng(seed))
     prompts = [length for job, length in jobs for _ in range(job.requests)]
     answers = [1 + job.rounds for job, _ in jobs for _ in range(job.requests)]
     served = serve_elastic(
-        _run(
+        run_of(
             OneAfterAnother([job for job, _ in jobs]),
             Recorded(
                 arrival_s=[0.0] * len(prompts), prompt_tokens=prompts, output_tokens=answers
@@ -243,7 +210,8 @@ def _any_base() -> ScalingBase:
     return tiny_scaling(max(DEGREES))
 
 
-def _run(plan: ElasticPlan, load: Recorded, base: ScalingBase, seed: int) -> ElasticRun:
+def run_of(plan: ElasticPlan, load: Recorded, base: ScalingBase, seed: int) -> ElasticRun:
+    """A run of the model that is timed, on as many instances as there are degrees."""
     return ElasticRun(
         config=CONFIG, num_instances=max(DEGREES), plan=plan, limits=LIMITS, scaling=base,
         workload=load, seed=seed,
@@ -394,35 +362,3 @@ def judge_bound(low: float, high: float, accepted: float | None) -> Verdict:
     if high <= accepted:
         return Verdict.passed
     return Verdict.missed if low > accepted else Verdict.too_noisy
-
-
-# The picture ---------------------------------------------------------------------------------
-
-
-def both_panels(base: ScalingBase, seed: int) -> InstanceRuns:
-    """The same requests on both panels, each in its own time."""
-    stream = np.random.default_rng(seed)
-    span_s = SHOWN * base.prefill_s(1, 512, 512**2)
-    load = Recorded(
-        arrival_s=np.sort(stream.uniform(0, span_s, SHOWN)).tolist(),
-        prompt_tokens=stream.choice((64, 256, 512, 1024), SHOWN).tolist(),
-        output_tokens=stream.integers(8, 48, SHOWN).tolist(), max_output_tokens=48,
-    )  # fmt: skip
-    round_s = base.decode.base_s + base.decode.exchange_s
-    plan = ElasticSp(
-        attempt_every=4, compute_bound_requests=3, decode_round_s=round_s,
-        max_prefill_s=base.prefill_s(1, 1024, 1024**2), prior_output_tokens=20.0,
-    )  # fmt: skip
-    limits = LIMITS._replace(num_blocks=SHOWN_SLOTS)
-    run = replace(_run(plan, load, base, seed), limits=limits)
-    served = serve_elastic(run)
-    token_bytes = kv_bytes_per_token(random_model(CONFIG).config, FLOAT32_BYTES)
-    deployment = Deployment(plan, limits, run.num_instances, base, token_bytes)
-    trace, tables = simulate_elastic(
-        Source(load, seed, run.num_instances * SHOWN_SLOTS), deployment, CostedGroups(Scaled(base)),
-        InstantTransport,
-    )  # fmt: skip
-    return InstanceRuns(
-        replace(trace, **vars(tables)), replace(served.trace, **vars(served.tables)),
-        f"elastic_sp on {run.num_instances} instances",
-    )  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 from backends.elastic_orders import Work
 from hardware_models.scaling import DecodeScaling, PrefillScaling, ScalingBase
 from scenarios.elastic_plot import lively, stays, two_timelines
-from scenarios.validation import elastic_time
+from scenarios.validation import elastic_both, elastic_time
 from scenarios.validation.elastic import cases, suited_to_tiny
 from scenarios.validation.elastic_script import Job
 from scenarios.validation.elastic_time import CALIBRATED, JUDGED, JUDGED_BATCH, ROUNDS, Timing
@@ -67,9 +67,10 @@ def test_time_is_asked_of_every_degree_and_drawn(diptych, workplace, monkeypatch
     for name, value in (
         ("PASSES", 2), ("CALIBRATED", (64, 128, 256)), ("JUDGED", (192,)), ("PAIRED", 160),
         ("ROUNDS", 2), ("CALIBRATED_BATCHES", ((1, 128), (2, 64), (4, 32))),
-        ("JUDGED_BATCH", (3, 64)), ("SHOWN", 5),
+        ("JUDGED_BATCH", (3, 64)),
     ):  # fmt: skip
         monkeypatch.setattr(elastic_time, name, value)
+    monkeypatch.setattr(elastic_both, "SHOWN", 5)
     _, content, said = validate(
         diptych, workplace, "only=[time]", "repeats=1", "accept.prefill_error=0.4", *ONE
     )
