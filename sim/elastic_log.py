@@ -206,13 +206,13 @@ class ElasticLog:
             if instance in prefill.begun.plan.instances:
                 del self._prefills[lane]
                 self._prefill_lanes[lane].passed((prefill.start_s, instant_s))
-                self._tables.ended(prefill.members, instant_s)
+                self._tables.ended(prefill.members, instant_s, lost=True)
         one = self._round
         if one is None or not one.under_way:
             return
         decoding = self._state.decoding
         gone = [at for at in one.members if at not in decoding]
-        self._tables.ended([one.members.pop(at) for at in gone], instant_s)
+        self._tables.ended([one.members.pop(at) for at in gone], instant_s, lost=True)
         if not self._state.in_round:  # all of its groups are lost
             one.under_way = False
             self._rounds.passed((one.start_s, instant_s))

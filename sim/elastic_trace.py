@@ -56,14 +56,15 @@ class ElasticRecorder:
         start_s: float,
     ) -> int:  # fmt: skip
         """An instance takes part in a group of the last step; see `MEMBERS`. Returns its row."""
-        row = (self.step, kind, group, instance, requests, tokens, digest, start_s, NEVER)
+        row = (self.step, kind, group, instance, requests, tokens, digest, start_s, NEVER, 0)
         self._members.extend(row)
         return len(self._members) // len(MEMBERS) - 1
 
-    def ended(self, rows: Sequence[int], end_s: float) -> None:
-        """Members are done."""
+    def ended(self, rows: Sequence[int], end_s: float, *, lost: bool = False) -> None:
+        """Members are done, or `lost`: their group is."""
         for row in rows:
-            self._members[(row + 1) * len(MEMBERS) - 1] = end_s
+            self._members[(row + 1) * len(MEMBERS) - 2] = end_s
+            self._members[(row + 1) * len(MEMBERS) - 1] = lost
 
     def moved(
         self, request_id: int, way: tuple[int, int], tokens: int, times_s: tuple[float, float]

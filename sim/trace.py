@@ -99,12 +99,13 @@ free on all instances before. `lost`: the instance whose loss was the reason, or
 many rounds its groups decoded."""
 MEMBERS = {
     "step": "i", "kind": "i", "group": "i", "instance": "i", "requests": "i", "tokens": "i",
-    "digest": "i", "start_s": "f", "end_s": "f",
+    "digest": "i", "start_s": "f", "end_s": "f", "lost": "i",
 }  # fmt: skip
 """One row a member of a group. `kind`: `PREFILL` or `DECODE`. `group`: its place in the step.
 `requests`: of a member that prefills, those of the batch; of one that decodes, its mini-batch (0:
 it is no master). `tokens`: KV that it keeps of a prefill, or has of a batch before the first round.
-`digest`: of the batch's request ids, in order."""
+`digest`: of the batch's request ids, in order. `lost`: 1 where the loss of a member cut the group
+short at `end_s`."""
 KV_MOVES = {
     "step": "i", "request": "i", "source": "i", "target": "i", "tokens": "i",
     "begin_s": "f", "end_s": "f",

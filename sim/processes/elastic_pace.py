@@ -85,12 +85,14 @@ class LoggedGroups:
         self._asks = list(zip(steps["instant_s"].tolist(), steps["lost"].tolist(), strict=True))
         self._end_s: dict[tuple[int, int, int], float] = {}
         """Of each group that was not lost: (step, kind, place)."""
-        losses = {(instant_s, lost) for instant_s, lost in self._asks if lost >= 0}
-        names = ("step", "kind", "group", "instance", "end_s")
-        for *key, instance, end_s in zip(*[members[one].tolist() for one in names], strict=True):
-            group = (key[0], key[1], key[2])
-            gone = (end_s, instance) in losses or self._end_s.get(group) == np.inf
-            self._end_s[group] = np.inf if gone or np.isnan(end_s) else end_s
+        names = ("step", "kind", "group", "end_s", "lost")
+        for *key, end_s, lost in zip(*[members[one].tolist() for one in names], strict=True):
+            self._end_s[key[0], key[1], key[2]] = np.inf if lost or np.isnan(end_s) else end_s
+        cut = members["lost"] == 1
+        self._lost_s = dict(
+            zip(members["instance"][cut].tolist(), members["end_s"][cut].tolist(), strict=True)
+        )
+        """When each instance was lost that computed then: before others of that instant ended."""
         moves = tables.kv_moves
         self._moved_s = dict(zip(moves["step"].tolist(), moves["end_s"].tolist(), strict=True))
         self._step = -1
@@ -105,9 +107,14 @@ class LoggedGroups:
         following = [*self._asks[1:], (np.inf, -1)]
         rows = zip(self._asks, following, strict=True)
         for step, ((instant_s, lost), (next_s, next_lost)) in enumerate(rows):
+            # An earlier instant is that of the loss of a peer, in another group.
+            computed = environment.now < self._lost_s.get(lost, -np.inf) <= instant_s
+            if computed:
+                yield environment.arrival(self._lost_s[lost])
+                instances.lose(lost)
             yield environment.decision(instant_s)
             self._step = step
-            if lost >= 0:
+            if lost >= 0 and not computed:
                 instances.lose(lost)
             if not (lost >= 0 and next_lost >= 0 and next_s == instant_s):
                 instances.ask()

@@ -1,13 +1,25 @@
 """Both panels of elastic instances do the same under replay, to the last slot and byte."""
 
+from dataclasses import replace
+
 import pytest
 
 from backends.corruption import Corruption
+from backends.elastic_orders import RankLoss
 from backends.serving import use_one_thread
-from scenarios.validation.elastic import Case, cases, elastic_lines, exact_run, judge, run_both
+from scenarios.validation.elastic import (
+    Case,
+    cases,
+    decision_line,
+    elastic_lines,
+    exact_run,
+    judge,
+    run_both,
+    table_lines,
+)
 from scenarios.validation.verdict import Verdict
 from sim.policies.instance_plan.elastic_sp import ElasticSp
-from sim.trace import DECODE
+from sim.trace import DECODE, State
 
 REQUESTS, INSTANCES = 60, 3
 
@@ -44,3 +56,18 @@ def test_a_token_that_was_never_stored_is_missed_in_the_bytes():
     missed = [one.metric for one in elastic_lines(case_of(), run)
               if one.verdict is Verdict.missed]  # fmt: skip
     assert missed == ["elastic_sp: KV bytes written", "elastic_sp: KV bytes freed"]
+
+
+@pytest.mark.parametrize("after_orders", [7, 20])
+def test_steps_groups_and_migrations_are_equal_when_an_instance_is_lost(after_orders):
+    run = exact_run(case_of().plan, 40, 1, num_instances=INSTANCES + 1)
+    panels = run_both(replace(run, losses=(RankLoss(1, after_orders),)))
+    lost = panels.real.trace.events["state"] == State.lost
+    assert panels.real.tables.steps["lost"].max() == 1
+    lines = [*table_lines("elastic_sp", panels), decision_line("elastic_sp", panels)]
+    assert [line for line in lines if line.error or line.verdict is not Verdict.passed] == []
+    ours = panels.simulated.events
+    assert sorted(panels.real.trace.events["request"][lost].tolist()) == sorted(
+        ours["request"][ours["state"] == State.lost].tolist()
+    )
+    assert len(panels.real.answers) == 40
