@@ -144,5 +144,7 @@ class Inbox:
         self.send("answer", (request_id, finish_s))
 
     def _beats(self) -> None:
-        while not self._quiet.wait(BEAT_S):
-            self.send("alive")
+        # Whoever listened may be gone before it has said that nothing more will come.
+        with suppress(BrokenPipeError, ConnectionResetError):
+            while not self._quiet.wait(BEAT_S):
+                self.send("alive")

@@ -6,6 +6,7 @@ running and waiting requests and free KV blocks are counters. Times are microsec
 
 import json
 from collections.abc import Iterator
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,35 @@ def write(trace: Trace, path: Path) -> Path:
 
 def events(trace: Trace) -> Iterator[Event]:
     """All events: names of tracks, iterations, requests, counters."""
+    yield from _members(trace) if len(trace.members["step"]) else _replicas(trace)
+    yield _name(REQUESTS, 0, "process_name", "requests")
+    yield from _spans(trace)
+    yield from _requests(trace)
+    yield from _counters(trace)
+
+
+def _replicas(trace: Trace) -> Iterator[Event]:
+    """A track a replica."""
     count = num_replicas(trace)
     yield _name(REPLICAS, 0, "process_name", "replica" if count == 1 else f"{count} replicas")
     for number in range(count):
         name = "iterations" if count == 1 else f"replica {number}: iterations"
         yield _name(REPLICAS, 1 + number, "thread_name", name)
-    yield _name(REQUESTS, 0, "process_name", "requests")
     yield from _iterations(trace)
-    yield from _spans(trace)
-    yield from _requests(trace)
-    yield from _counters(trace)
+
+
+def _members(trace: Trace) -> Iterator[Event]:
+    """A track an elastic instance: what it computes as a member of each group."""
+    columns = {name: column.tolist() for name, column in trace.members.items()}
+    instances = sorted(set(columns["instance"]))
+    yield _name(REPLICAS, 0, "process_name", f"{len(instances)} instances")
+    for instance in instances:
+        yield _name(REPLICAS, 1 + instance, "thread_name", f"instance {instance}")
+    names = ("kind", "instance", "start_s", "end_s", "requests", "tokens", "step", "group")
+    for kind, instance, start_s, end_s, *rest in zip(*(columns[one] for one in names), strict=True):
+        if not isnan(end_s):  # else the run ended before it did
+            bar = _slice(REPLICAS, 1 + instance, KIND_NAMES[kind], start_s, end_s)
+            yield bar | {"args": dict(zip(names[4:], rest, strict=True))}
 
 
 def _name(process: int, thread: int, what: str, name: str) -> Event:

@@ -8,6 +8,7 @@ from scenarios.compose import compose_study, parse
 from scenarios.saving import default_folder, save
 from scenarios.study import Save, Study
 from sim.api import run
+from sim.elastic_setup import is_elastic
 from sim.result import Result, kind, require_result_folder
 from sim.scenario import Scenario
 
@@ -59,6 +60,8 @@ def show(result: Result) -> None:
     scenario, figures = result.scenario, result.intervals()
     machine = scenario.node or scenario.gpu or scenario.cluster
     rules = ", ".join(kind(rule) for rule in vars(scenario.policy).values())
+    if is_elastic(scenario):  # which asks no other
+        rules = kind(scenario.policy.instance_plan)
     counted = tables.number(figures["counted_requests"].mean)
     out = tables.console()
     out.print(
