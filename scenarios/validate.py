@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scenarios.compose import compose_config, parse, refuse_flags, studies, typed
 from scenarios.study import Study
@@ -108,19 +108,14 @@ def _plan(study: str, options: Options, overrides: Sequence[str], config_dir: st
         routings = {name: composed("routing", name).policy.routing for name in names["routing"]}
     sizes = (last.tp_size, last.pp_size)
     _require_one_replica(last)
-    knowledge = None
-    if retrieves(last):
-        evictions = {
-            name: composed("cache_eviction", name).policy.cache_eviction
-            for name in names["cache_eviction"]
-        }
-        knowledge = KnowledgePlan(rules_of(last), evictions)
+
+    def rules(family: str) -> dict[str, Any]:
+        return {name: getattr(composed(family, name).policy, family) for name in names[family]}
+
+    knowledge = KnowledgePlan(rules_of(last), rules("cache_eviction")) if retrieves(last) else None
     experts = None
     if places_experts(last):
-        experts = ExpertRules(
-            *({name: getattr(composed(family, name).policy, family) for name in names[family]}
-              for family in ("micro_batching", "expert_balance"))
-        )  # fmt: skip
+        experts = ExpertRules(rules("micro_batching"), rules("expert_balance"))
     elastic = None
     if is_elastic(last):
         _require_no_faults(last)
