@@ -121,12 +121,16 @@ def load_file(path: Path) -> ModuleType:
 
 
 def user_files() -> list[Path]:
-    """Files that `load_file` has read: another process reads them too, before it unpickles."""
-    return [
+    """Files that `load_file` has read: another process reads them too, before it unpickles.
+
+    One that was removed since is left out: nothing of it can be in use there.
+    """
+    found = [
         Path(module.__file__)
         for name, module in sys.modules.items()
         if name.startswith(USER_MODULES) and module.__file__
     ]
+    return [path for path in dict.fromkeys(found) if path.exists()]
 
 
 def _entry_points(family: str, base: type[T]) -> dict[str, type[T]]:

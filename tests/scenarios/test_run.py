@@ -19,7 +19,9 @@ from sim.scenario import Scenario
 FEW = ("workload.num_requests=24", "seeds=[0]")
 SHORT = {"serving": ("workload.duration_s=5", "seeds=[0]")}
 """Studies whose load ends after a time."""
-COSTS = {"serving": "interpolated"}
+COSTS = {"serving": "interpolated"} | {
+    study: "fitted to measurements" for study in studies() if study.startswith("loongserve")
+}
 """What costs other than the datasheet rest on."""
 
 
@@ -149,7 +151,7 @@ def test_two_processes_write_the_same_bytes_and_import_no_torch(workplace):
     for name in ("one", "two"):
         subprocess.run([sys.executable, "-c", script, name], check=True, capture_output=True)
     files = sorted(path.relative_to("one") for path in Path("one").rglob("*.parquet"))
-    assert len(files) == 14
+    assert len(files) == 17
     for file in files:
         assert (Path("one") / file).read_bytes() == (Path("two") / file).read_bytes(), file
 

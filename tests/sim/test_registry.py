@@ -1,12 +1,21 @@
 """Policies, workloads and token routings are found by scanning; a wrong file is named."""
 
 import importlib.metadata
+from pathlib import Path
 
 import pytest
 
 from sim.policies import registry
 from sim.policies.batching.base import Batching
-from sim.policies.registry import contract, families, policies, token_routings, workloads
+from sim.policies.registry import (
+    contract,
+    families,
+    load_file,
+    policies,
+    token_routings,
+    user_files,
+    workloads,
+)
 from sim.workload.base import Workload
 from sim.workload.token_routing.base import TokenRouting
 
@@ -175,3 +184,14 @@ def test_a_users_token_routing_takes_the_place_of_a_shipped_one(folder):
     (folder / "token_routing" / "uniform.py").write_text(ROUTING.format(name="Mine"))
     assert token_routings([folder])["uniform"].__name__ == "Mine"
     assert token_routings()["uniform"].__name__ == "Uniform"
+
+
+def test_a_file_that_was_removed_is_not_read_by_other_processes(tmp_path: Path) -> None:
+    kept, gone = tmp_path / "kept_here.py", tmp_path / "gone_later.py"
+    for path in (kept, gone):
+        path.write_text("VALUE = 1\n")
+        load_file(path)
+    gone.unlink()
+    names = [path.name for path in user_files()]
+    assert names.count("kept_here.py") == 1
+    assert "gone_later.py" not in names
