@@ -141,7 +141,7 @@ def test_hot_documents_are_replicated_alike():
 
 @pytest.mark.parametrize("overlap", ["none", "speculative"])
 def test_a_lost_gpu_tier_and_clients_that_leave_are_decided_alike(overlap):
-    mishaps = Mishaps(lost_s=(0.05, 0.25), restart_s=0.02, timeout_s=0.1)
+    mishaps = Mishaps(lost_s=(0.05, 0.25), restart_s=0.02, timeout_s=0.04)
     panels = knowledge.run_both(rules(overlap=overlap), replicating(), 0, "cpu", mishaps=mishaps)
     assert_equal(panels, {MoveKind.replicate})
     trace = panels.real.trace

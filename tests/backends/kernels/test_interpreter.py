@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 @pytest.mark.slow
 def test_every_kernel_agrees_with_its_reference_when_interpreted():
     root = Path(__file__).parents[3]
-    names = ("test_kernels.py", "test_expert_kernels.py")
+    names = ("test_kernels.py", "test_expert_kernels.py", "test_distributed_kernels.py")
     targets = [str(Path(__file__).with_name(name)) for name in names]
     options = ("-q", "-m", "not gpu", "-p", "no:cacheprovider")
     finished = subprocess.run(
