@@ -192,3 +192,14 @@ def test_figures_read_well():
 
 def test_figures_that_older_results_lack_are_left_out():
     assert other_table({}).row_count == 0
+
+
+def test_elastic_instances_have_a_track_each_for_perfetto(diptych):
+    diptych("run", "-cn", "loongserve_zipf", "workload.num_requests=12", "out=elastic")
+    trace = load(Path("elastic")).trace()
+    found = list(perfetto.events(trace))
+    slices = [event for event in found if event["ph"] == "X"]
+    assert len(slices) == len(trace.members["step"])
+    assert {event["tid"] for event in slices} == {1 + at for at in trace.members["instance"]}
+    names = [event["args"]["name"] for event in found if event["name"] == "thread_name"]
+    assert names == [f"instance {at}" for at in range(4)]
