@@ -46,6 +46,46 @@ class Operators(Protocol):
         ...
 
 
+class TorchNorms:
+    """The norms of `Operators` in plain torch."""
+
+    def __init__(self, eps: float) -> None:
+        self._eps = eps
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See `Operators`."""
+        return torch_rms_norm(x, weight.shape, weight, self._eps)
+
+    def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Operators`."""
+        summed = x + residual
+        return torch_rms_norm(summed, weight.shape, weight, self._eps), summed
+
+
+class KernelNorms:
+    """The norms of `Operators` from `backends.kernels`."""
+
+    def __init__(self, eps: float) -> None:
+        self._eps = eps
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See `Operators`."""
+        return rms_norm(x.reshape(-1, x.shape[-1]), weight, self._eps).view(x.shape)
+
+    def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Operators`."""
+        return rms_norm(x, weight, self._eps, residual)
+
+
+def whole_heads(rotation: Rotation) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines [tokens, 1, head_dim] of whole heads.
+
+    Rolling a head by half its size swaps the halves that turn into each other.
+    """
+    cos, sin = rotation.cos[rotation.positions], rotation.sin[rotation.positions]
+    return torch.cat((cos, cos), 1)[:, None, :], torch.cat((-sin, sin), 1)[:, None, :]
+
+
 class KernelOperators:
     """The launchers of `backends.kernels`: Triton on CUDA, their references elsewhere."""
 
@@ -53,18 +93,11 @@ class KernelOperators:
         self, config: Architecture, batch: ForwardBatch, slots: Tensor, rotation: Rotation
     ) -> None:
         self._config, self._rotation = config, rotation
+        norms = KernelNorms(config.norm_eps)
+        self.norm, self.add_norm = norms.norm, norms.add_norm
         device = rotation.cos.device
         self._slots = slots.to(device)
         self.attend = KernelAttention(batch, device, config.head_dim**-0.5)
-
-    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """See `Operators`."""
-        rows = x.reshape(-1, x.shape[-1])
-        return rms_norm(rows, weight, self._config.norm_eps).view(x.shape)
-
-    def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Operators`."""
-        return rms_norm(x, weight, self._config.norm_eps, residual)
 
     def turn_and_store(self, heads: Tensor, cache: KvCache) -> Tensor:
         """See `Operators`. The queries are a view of `heads`, which changes."""
@@ -80,28 +113,18 @@ class TorchOperators:
     def __init__(
         self, config: Architecture, batch: ForwardBatch, slots: Tensor, rotation: Rotation
     ) -> None:
-        self._eps, self._num_heads = config.norm_eps, config.num_heads
+        norms = TorchNorms(config.norm_eps)
+        self.norm, self.add_norm = norms.norm, norms.add_norm
+        self._num_heads = config.num_heads
         self._turned = config.num_heads + config.num_kv_heads
-        cos, sin = rotation.cos[rotation.positions], rotation.sin[rotation.positions]
-        # Rolling a head by half its size swaps the halves that turn into each other.
-        self._half = cos.shape[1]
-        self._cos = torch.cat((cos, cos), 1)[:, None, :]
-        self._sin = torch.cat((-sin, sin), 1)[:, None, :]
+        self._cos, self._sin = whole_heads(rotation)
+        self._half = self._cos.shape[-1] // 2
         stored = slots >= 0
         self._stored = None if bool(stored.all()) else stored.nonzero()[:, 0]
         places = slots if self._stored is None else slots[self._stored]
         self._rows = head_rows(places, batch.block_size, config.num_kv_heads)
         scale = config.head_dim**-0.5
         self.attend = GatheredAttention(batch, config.num_kv_heads, scale)
-
-    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """See `Operators`."""
-        return torch_rms_norm(x, weight.shape, weight, self._eps)
-
-    def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Operators`."""
-        summed = x + residual
-        return torch_rms_norm(summed, weight.shape, weight, self._eps), summed
 
     def turn_and_store(self, heads: Tensor, cache: KvCache) -> Tensor:
         """See `Operators`."""

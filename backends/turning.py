@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm as torch_rms_norm
 
 from backends.forward_batch import ForwardBatch
-from backends.kernels.rms_norm import rms_norm
 from backends.kv_layout import uses_kernels
+from backends.operators import KernelNorms, TorchNorms, whole_heads
 from backends.transformer import Transformer
 
 
@@ -18,28 +17,14 @@ class Turning:
     def __init__(self, model: Transformer, positions: Tensor) -> None:
         """Look the angles up; positions int64 [tokens]."""
         config = model.config
-        self._eps, self._kernels = config.norm_eps, uses_kernels(model.device, model.dtype)
+        kernels = uses_kernels(model.device, model.dtype)
+        norms = (KernelNorms if kernels else TorchNorms)(config.norm_eps)
+        self.norm, self.add_norm = norms.norm, norms.add_norm
         self._sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         self.scale = config.head_dim**-0.5
-        rotation = model.rotation(positions)
-        cos, sin = rotation.cos[rotation.positions], rotation.sin[rotation.positions]
-        # Rolling a head by half its size swaps the halves that turn into each other.
-        self._half = cos.shape[1]
-        self._cos = torch.cat((cos, cos), 1)[:, None, :].to(model.dtype)
-        self._sin = torch.cat((-sin, sin), 1)[:, None, :].to(model.dtype)
-
-    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """See `Operators`."""
-        if not self._kernels:
-            return torch_rms_norm(x, weight.shape, weight, self._eps)
-        return rms_norm(x.reshape(-1, x.shape[-1]), weight, self._eps).view(x.shape)
-
-    def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Operators`."""
-        if self._kernels:
-            return rms_norm(x, weight, self._eps, residual)
-        summed = x + residual
-        return torch_rms_norm(summed, weight.shape, weight, self._eps), summed
+        cos, sin = whole_heads(model.rotation(positions))
+        self._cos, self._sin = cos.to(model.dtype), sin.to(model.dtype)
+        self._half = cos.shape[-1] // 2
 
     def turn(self, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value [tokens, heads of each, head_dim], the first two rotated.

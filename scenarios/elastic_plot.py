@@ -10,11 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter
 
-from scenarios.plot_style import FREE, INK, STYLE, WAITING, write
-from scenarios.plots import step
-from sim.plot_data import counts, end_s
+from scenarios.plot_style import INK, STYLE, write
+from scenarios.plots import whole_run
+from sim.plot_data import end_s
 from sim.trace import PREFILL, Trace
 
 SHADES = {True: ("#e8893b", "#c2611f"), False: ("#4a7fb5", "#2b5a8a")}
@@ -169,30 +168,14 @@ def overview(trace: Trace, path: Path, title: str) -> Path:
         path: of the PNG, which is replaced.
         title: what ran.
     """
-    window, stop = lively(trace), end_s(trace)
-    found = counts(trace)
+    window = lively(trace)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11.0, 8.2), layout="constrained")
         close, queue, slots = figure.subplots(3, 1, height_ratios=(1.8, 1, 0.8)).tolist()
         heading = f"{title}: groups from {window[0]:.3g} s to {window[1]:.3g} s"
         instances(close, trace, heading, window)
         close.set_xlabel("time (s)")
-        step(queue, found.running, INK, stop, label="running")
-        step(queue, found.waiting, WAITING, stop, label="waiting")
-        queue.set_title("whole run")
-        queue.set_ylabel("requests")
-        queue.tick_params(labelbottom=False)
-        queue.legend(loc="upper right", ncols=2)
-        instant_s, free = trace.steps["instant_s"], trace.steps["free_slots"]
-        slots.step(np.append(instant_s, stop), np.append(free, free[-1:]), where="post",
-                   color=FREE, linewidth=1.4)  # fmt: skip
-        slots.set_ylabel("free slots")
-        slots.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        slots.set_xlabel("time (s)")
-        for axes in (queue, slots):
-            axes.set_xlim(0, stop)
-            axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
-            axes.axvspan(*window, color="#f2c14e", alpha=0.35, linewidth=0)
+        whole_run((queue, slots), trace, window, "free slots")
         legend(figure)
         return write(figure, path)
 

@@ -39,7 +39,7 @@ def timeline(
     shown = (trace.iterations["end_s"] > start) & (trace.iterations["start_s"] < stop)
     sizes = batch_sizes(trace)[shown]
     _bars(axes, trace, shown, sizes)
-    step(axes, counts(trace).running, INK, stop, width=1.3)
+    _step(axes, counts(trace).running, INK, stop, width=1.3)
     top = max(int(sizes.max(initial=1)), _highest(counts(trace).running, start, stop))
     axes.set_xlim(start, stop)
     axes.set_ylim(0, top * 1.12)
@@ -75,6 +75,36 @@ def two_panels(
         return write(figure, path)
 
 
+def whole_run(
+    panels: tuple[Axes, Axes], trace: Trace, window: tuple[float, float], free: str
+) -> None:
+    """Requests, and below them free KV, of a whole run.
+
+    Args:
+        panels: for the two.
+        trace: of the run.
+        window: what is shown from near elsewhere, in seconds; marked.
+        free: what is counted as free KV.
+    """
+    queue, blocks = panels
+    stop, found = end_s(trace), counts(trace)
+    _step(queue, found.running, INK, stop, label="running")
+    _step(queue, found.waiting, WAITING, stop, label="waiting")
+    queue.set_title("whole run")
+    queue.set_ylabel("requests")
+    queue.tick_params(labelbottom=False)
+    queue.legend(loc="upper right", ncols=2)
+    _step(blocks, found.free_blocks, FREE, stop)
+    blocks.set_ylabel(free)
+    blocks.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    blocks.set_xlabel("time (s)")
+    for axes in panels:
+        axes.set_xlim(0, stop)
+        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+        axes.axvspan(*window, color="#f2c14e", alpha=0.35, linewidth=0)
+    queue.set_ylim(top=1.2 * queue.get_ylim()[1])
+
+
 def _rows(sides: Mapping[str, Trace]) -> list[tuple[str, Trace]]:
     """What has iterations of its own, replica by replica, the sides of each below each other."""
     count = max(map(num_replicas, sides.values()))
@@ -98,28 +128,13 @@ def run_overview(trace: Trace, path: Path, title: str) -> Path:
     # Several replicas share no bars: the first one is shown from near, all of them below.
     near = of_replica(trace, 0) if num_replicas(trace) > 1 else trace
     title = title if near is trace else f"{title}, replica 0 of {num_replicas(trace)}"
-    window, stop = legible_window(near), end_s(trace)
-    found = counts(trace)
+    window = legible_window(near)
     with mpl.rc_context(STYLE):
         figure, (close, queue, blocks) = _figure(3, (11.0, 7.6), heights=(1.5, 1, 0.8))
         timeline(close, near, f"{title}: iterations from {window[0]:.3g} s to {window[1]:.3g} s",
                  window)  # fmt: skip
         close.set_xlabel("time (s)")
-        step(queue, found.running, INK, stop, label="running")
-        step(queue, found.waiting, WAITING, stop, label="waiting")
-        queue.set_title("whole run")
-        queue.set_ylabel("requests")
-        queue.tick_params(labelbottom=False)
-        queue.legend(loc="upper right", ncols=2)
-        step(blocks, found.free_blocks, FREE, stop)
-        blocks.set_ylabel("free KV blocks")
-        blocks.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        blocks.set_xlabel("time (s)")
-        for axes in (queue, blocks):
-            axes.set_xlim(0, stop)
-            axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
-            axes.axvspan(*window, color="#f2c14e", alpha=0.35, linewidth=0)
-        queue.set_ylim(top=1.2 * queue.get_ylim()[1])
+        whole_run((queue, blocks), trace, window, "free KV blocks")
         _legend(figure, set(trace.iterations["kind"].tolist()))
         return write(figure, path)
 
@@ -148,7 +163,7 @@ def _bars(axes: Axes, trace: Trace, shown: Any, sizes: Any) -> None:
         axes.add_collection(bars, autolim=False)
 
 
-def step(
+def _step(
     axes: Axes, steps: Steps, colour: str, stop: float, label: str = "", width: float = 1.4
 ) -> None:
     """Draw a count that changes at instants, up to the end of a run."""

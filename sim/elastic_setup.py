@@ -19,6 +19,7 @@ from sim.policies.elastic import ElasticPlan
 from sim.processes.elastic_instances import Deployment, simulate_elastic
 from sim.processes.elastic_pace import CostedGroups
 from sim.processes.kv_moves import NetworkTransport
+from sim.refusals import refuse_combined
 from sim.scenario import Scenario
 from sim.trace import Trace
 from sim.workload.knowledge import KnowledgeWorkload
@@ -154,10 +155,5 @@ def _refuse_others(scenario: Scenario, cost: StagedCost) -> None:
         (isinstance(scenario.workload, KnowledgeWorkload),
          f"workload {type(scenario.workload).__name__}", "another workload"),
     ]  # fmt: skip
-    for holds, value, instead in refused:
-        if holds:
-            name = type(scenario.policy.instance_plan).__name__
-            raise ValueError(
-                f"instance plan {name} forms groups anew and is not combined with {value}; take "
-                f"{instead}"
-            )
+    name = type(scenario.policy.instance_plan).__name__
+    refuse_combined(f"instance plan {name} forms groups anew", refused)

@@ -28,6 +28,7 @@ from sim.policies.parallel_plan.base import (
     PlanView,
 )
 from sim.processes.expert_pace import ExpertLoads
+from sim.refusals import refuse_combined
 from sim.scenario import CostFamily, Scenario
 from sim.state.ping_pong import total_s
 from sim.workload.knowledge import KnowledgeWorkload
@@ -330,10 +331,5 @@ def _refuse_others(scenario: Scenario) -> None:
         (isinstance(scenario.workload, KnowledgeWorkload),
          f"workload {type(scenario.workload).__name__}", "another workload"),
     ]  # fmt: skip
-    for holds, value, instead in refused:
-        if holds:
-            name = type(scenario.policy.parallel_plan).__name__
-            raise ValueError(
-                f"parallel plan {name} places experts and is not combined with {value}; take "
-                f"{instead}"
-            )
+    name = type(scenario.policy.parallel_plan).__name__
+    refuse_combined(f"parallel plan {name} places experts", refused)

@@ -16,6 +16,7 @@ from backends.kernels.dispatch import constexpr, runs_triton, tl, triton
 from backends.kernels.online_softmax import LOG2_E, absorb_tile, gather_slots
 from backends.kernels.paged import KvCache, check_paging, context_slots, tile_sizes
 from backends.kernels.products import dot
+from backends.kernels.tiles import request_of_tile
 
 
 def paged_prefill_attention_reference(
@@ -67,22 +68,6 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -
     return attended[0].transpose(0, 1)
 
 
-@triton.jit
-def sequence_of_tile(tile, starts_pointer, num_sequences, QUERY_TILE: constexpr):
-    """Sequence that owns a tile of queries, when sequence s owns tiles from starts[s] // TILE + s.
-
-    This leaves each sequence at least ceil(chunk / TILE) tiles without reading lengths on the host.
-    """
-    low = tile * 0
-    high = low + num_sequences
-    while high - low > 1:
-        middle = (low + high) // 2
-        first_tile = tl.load(starts_pointer + middle) // QUERY_TILE + middle
-        low = tl.where(first_tile <= tile, middle, low)
-        high = tl.where(first_tile <= tile, high, middle)
-    return low
-
-
 # Both change from batch to batch; Triton would compile anew for 1 and for multiples of 16.
 @triton.jit(do_not_specialize=["table_stride", "num_sequences"])
 def prefill_kernel(  # noqa: PLR0913, PLR0917
@@ -107,7 +92,7 @@ def prefill_kernel(  # noqa: PLR0913, PLR0917
     """One program a tile of queries of one sequence and head."""
     tile, head = tl.program_id(0), tl.program_id(1)
     kv_head, num_kv_heads = head // GROUP, tl.num_programs(1) // GROUP
-    sequence = sequence_of_tile(tile, starts_pointer, num_sequences, QUERY_TILE)
+    sequence = request_of_tile(tile, starts_pointer, num_sequences, QUERY_TILE)
     start = tl.load(starts_pointer + sequence)
     chunk = tl.load(starts_pointer + sequence + 1) - start
     first_row = (tile - start // QUERY_TILE - sequence) * QUERY_TILE
