@@ -9,6 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from hardware_models.names import alternatives
 from scenarios.explain import explain
@@ -116,6 +117,9 @@ def compose_config(
             return compose(study, chosen, return_hydra_config=with_hydra)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(error)) from error
+    except YAMLError as error:
+        place = " ".join(str(error).split())
+        raise ValueError(f"a YAML file cannot be read: {place}; mend the file") from error
 
 
 def typed(config: DictConfig) -> Study:

@@ -174,3 +174,15 @@ def test_a_folder_of_the_path_variable_must_exist(diptych, monkeypatch):
     code, _, errors = diptych("run", "-cn", "replica")
     assert code == 2
     assert "DIPTYCH_PATH=nowhere must be a folder" in errors
+
+
+def test_a_broken_part_of_ones_own_is_named_with_its_line(diptych, tmp_path):
+    (tmp_path / "scaling").mkdir()
+    (tmp_path / "scaling" / "broken.yaml").write_text("prefill: [\n")
+    code, out, errors = diptych(
+        "run", "--config-dir", str(tmp_path), "-cn", "loongserve", "scaling=broken"
+    )
+    assert (code, out) == (2, "")
+    assert "broken.yaml" in errors
+    assert "line 2" in errors
+    assert "mend the file" in errors
